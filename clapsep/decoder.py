@@ -1,0 +1,145 @@
+"""The mask estimator: encoder features and a condition to a spectrogram mask.
+
+Stage 0 is the deepest, as in the published state dict (`decoder_model`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clapsep.config import EncoderConfig, ModelConfig
+from clapsep.htsat import SwinBlock
+
+
+class Film(nn.Module):
+    """Feature-wise linear modulation: gamma(condition) * tokens + beta(condition)."""
+
+    def __init__(self, condition_dim: int, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Linear(condition_dim, width)
+        self.beta = nn.Linear(condition_dim, width)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        return self.gamma(condition)[:, None] * tokens + self.beta(condition)[:, None]
+
+
+class ConditionedProjection(nn.Module):
+    """An encoder feature, projected, modulated by the condition and added to the decoder's state."""
+
+    def __init__(self, condition_dim: int, width: int) -> None:
+        super().__init__()
+        self.feature_proj = nn.Linear(width, width)
+        self.skip_conv = Film(condition_dim, width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, feature: Tensor, condition: Tensor, state: Tensor | None = None) -> Tensor:
+        """(B, patches, width), (B, condition_dim), (B, patches, width) or None -> (B, patches, width)."""
+        tokens = self.skip_conv(self.feature_proj(feature), condition)
+        return self.norm(tokens if state is None else tokens + state)
+
+
+class PatchExpand(nn.Module):
+    """Doubles the grid's side and halves its channels: the inverse of patch merging."""
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.expand = nn.Linear(width, 2 * width, bias=False)
+        self.norm = nn.LayerNorm(width // 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, side * side, width) -> (B, 4 * side * side, width / 2)."""
+        batch, _, width = tokens.shape
+        grid = self.expand(tokens).view(batch, self.side, self.side, 2, 2, width // 2)
+        # Sub-pixels come column by column, as patch merging took them.
+        grid = grid.permute(0, 1, 4, 2, 3, 5).reshape(batch, -1, width // 2)
+        return self.norm(grid)
+
+
+class DecoderStage(nn.Module):
+    """Expansion (all stages but the deepest), then Swin blocks without shift."""
+
+    def __init__(self, width: int, side: int, depth: int, heads: int, window: int, expand: bool) -> None:
+        super().__init__()
+        self.downsample = PatchExpand(2 * width, side // 2) if expand else None
+        # The published decoder has one block per stage, so none of its blocks is ever shifted.
+        self.blocks = nn.ModuleList(
+            SwinBlock(width, side, heads, window, shifted=index % 2 == 1) for index in range(depth)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.downsample is not None:
+            tokens = self.downsample(tokens)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+class InversePatchEmbed(nn.Module):
+    """Tokens of the finest grid back to one value per mel band and frame."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.embed)
+        self.proj = nn.ConvTranspose2d(config.embed, 1, config.patch, config.patch)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, patches, embed) -> (B, config.frames, mel_bins)."""
+        config = self.config
+        side = config.grids[0]
+        image = self.proj(self.norm(tokens).transpose(1, 2).unflatten(2, (side, side)))
+        segments = image.view(-1, config.segments, config.mel_bins, config.spec_size)
+        return segments.transpose(2, 3).reshape(-1, config.frames, config.mel_bins)
+
+
+class Decoder(nn.Module):
+    """Mask estimator of CLAPSep (arXiv 2402.17455, section 3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        encoder, decoder = config.encoder, config.decoder
+        widths, grids, heads = encoder.widths[::-1], encoder.grids[::-1], encoder.heads[::-1]
+        self.film = ConditionedProjection(config.condition_dim, widths[0])
+        self.skip = nn.ModuleList(ConditionedProjection(config.condition_dim, width) for width in widths)
+        self.layers = nn.ModuleList(
+            DecoderStage(width, side, depth, head, encoder.window, expand=index > 0)
+            for index, (width, side, depth, head) in enumerate(
+                zip(widths, grids, decoder.depths, heads, strict=True)
+            )
+        )
+        self.inverse_patch_embed = InversePatchEmbed(encoder)
+        bins = config.spectrogram.bins
+        self.spec_norm = nn.BatchNorm2d(bins)
+        width = decoder.masker_width
+        layer = nn.TransformerEncoderLayer(
+            width, decoder.masker_heads, 4 * width, dropout=0.0, batch_first=True
+        )
+        self.mask_net = nn.Sequential(
+            nn.Linear(bins + encoder.mel_bins, width),
+            nn.LayerNorm(width),
+            nn.TransformerEncoder(layer, decoder.masker_layers, enable_nested_tensor=False),
+            nn.Linear(width, bins),
+        )
+
+    def forward(self, magnitude: Tensor, features: Sequence[Tensor], condition: Tensor) -> Tensor:
+        """Estimate the mask.
+
+        Args:
+            magnitude: (B, frames, bins) linear magnitude of the mixture.
+            features: `Htsat.features` of the mixture, shallow to deep.
+            condition: (B, condition_dim).
+
+        Returns:
+            (B, frames, bins) in 0..1.
+        """
+        *skips, deepest = features
+        state = self.film(deepest, condition)
+        for layer, skip, feature in zip(self.layers, self.skip, reversed(skips), strict=True):
+            state = skip(feature, condition, layer(state))
+        mel = self.inverse_patch_embed(state)[:, : magnitude.shape[1]]
+        normalised = self.spec_norm(magnitude.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
+        return torch.sigmoid(self.mask_net(torch.cat([normalised, mel], dim=-1)))
