@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.linalg import LinAlgError, cho_factor, cho_solve, toeplitz
+from scipy.linalg import LinAlgError, solve_toeplitz
 
 FILTER_TAPS = 512
 # Beyond this, float32 samples and float64 sums leave only rounding: the signals are the same, or unrelated.
@@ -157,7 +157,7 @@ class ReferenceMetrics:
         first_row[0] += DIAGONAL_LOAD
         right = self._correlation[1 + other, channel] / scale
         try:
-            taps = cho_solve(cho_factor(toeplitz(first_row)), right)
+            taps = solve_toeplitz(first_row, right)
         except LinAlgError:
             return None, SINGULAR
         explained = min(max(float(right @ taps), 0.0), 1.0)

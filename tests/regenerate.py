@@ -105,7 +105,7 @@ def signal(
     `silence` inserts 0.25 s of exact zeros; `peak` scales to that absolute maximum.
     """
     generator = rng("signal:" + name)
-    count = int(round(sample_rate * seconds))
+    count = round(sample_rate * seconds)
     noise = generator.standard_normal(count, dtype=np.float32).astype(np.float64)
     draws = generator.random(32)
     turn = 2 * np.pi
@@ -118,7 +118,7 @@ def signal(
         chirp = np.sin(turn * (hertz * time + 0.5 * hertz_per_second * time * time + phase))
         wave += (0.05 + 0.2 * amplitude) * envelope * chirp
     if silence:
-        first = int(round((0.2 + 0.5 * draws[26]) * count))
+        first = round((0.2 + 0.5 * draws[26]) * count)
         wave[first : first + sample_rate // 4] = 0.0
     if peak is not None:
         wave *= peak / np.max(np.abs(wave))

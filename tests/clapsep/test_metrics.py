@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -208,7 +209,7 @@ def test_any_partition_and_any_merge_give_one_result(cuts, channels, merge_at, s
     levels, level_first, level_second = (LevelMetrics(channels) for _ in range(3))
     levels.update(mixture, stem)
     edges = [0, *sorted(cuts), 3000]
-    for index, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+    for index, (start, stop) in enumerate(itertools.pairwise(edges)):
         part = slice(start, stop)
         (first if index < merge_at else second).update(target[part], mixture[part], stem[part])
         (level_first if index < merge_at else level_second).update(mixture[part], stem[part])
