@@ -1,0 +1,40 @@
+# Every target creates the environment if it is missing; README explains the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+OUTPUT ?= output
+
+export PYTHONHASHSEED := 0
+
+$(READY): requirements.lock setup.py
+	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock -e .
+	touch $@
+
+.PHONY: env lock lint test test-full run-local report bench train-mini clean
+
+env: $(READY)
+
+lock:  ## Rewrite requirements.lock from setup.py.
+	$(BIN)/uv pip compile --quiet --upgrade --universal --all-extras --python-version 3.11 --no-emit-index-url \
+		--custom-compile-command "make lock" setup.py -o requirements.lock
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: $(READY)
+	$(BIN)/pytest -q -m "not full"
+
+test-full: $(READY)
+	$(BIN)/pytest -q -m full
+
+run-local: $(READY)
+	$(BIN)/python -m pipelines.separate --manifest manifests/sample.csv --output $(OUTPUT) --residuals --report
+
+report: $(READY)
+	$(BIN)/python -m pipelines.report $(OUTPUT)
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.model
+	$(BIN)/python -m benchmarks.startup
