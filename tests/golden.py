@@ -72,10 +72,14 @@ class Golden:
         flat = actual.detach().cpu().numpy().reshape(-1)
         assert flat.size == np.prod(shape), f"{name}: {tuple(actual.shape)} instead of {shape}"
         sample = self.arrays[f"s:{name}"]
-        places = (np.arange(sample.size) * SAMPLE_STRIDE) % flat.size if sample.size < flat.size else slice(None)
+        places = (
+            (np.arange(sample.size) * SAMPLE_STRIDE) % flat.size if sample.size < flat.size else slice(None)
+        )
         self.errors[name] = relative_error(flat[places], sample)
         norm = float(self.arrays["stats"][list(self.shapes).index(name), 4])
-        self.errors[f"{name} (norm)"] = abs(float(np.linalg.norm(flat.astype(np.float64))) - norm) / max(norm, 1e-30)
+        self.errors[f"{name} (norm)"] = abs(float(np.linalg.norm(flat.astype(np.float64))) - norm) / max(
+            norm, 1e-30
+        )
 
     def assert_all(self, limits: dict[str, float] | None = None, default: float = 1e-5) -> None:
         """Every named tensor was compared, and none is further off than its limit."""
