@@ -1,0 +1,1 @@
+"""Beam pipelines around `clapsep`: manifests in, stems and tables out."""

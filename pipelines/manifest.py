@@ -1,0 +1,271 @@
+"""Manifests: which files they are, how they are cut into slices, and the records of a slice.
+
+A manifest is a CSV, JSONL (both also gzipped) or Parquet file, or audio files themselves, one row each; named
+by one URI, a glob or a folder.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import storage
+from pipelines.rows import COLUMNS, UnreadableRecord
+
+AUDIO_EXTENSIONS = (
+    *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc"),
+    *(".au", ".snd", ".caf", ".w64", ".rf64", ".voc"),
+)
+TABLE_EXTENSIONS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+# Audio files per slice; a listing of a million files becomes a thousand slices.
+AUDIO_SLICE = 1000
+# Python's default of 128 KiB would make one long text a parse error.
+csv.field_size_limit(1 << 30)
+
+Record = dict[str, Any] | UnreadableRecord
+
+
+class ManifestError(ValueError):
+    """A manifest that cannot be parsed at all; one line that names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a manifest that one worker reads: a file, a Parquet row group, or some audio files."""
+
+    uri: str
+    kind: str
+    first_number: int = 1
+    row_group: int | None = None
+    audio: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that was read once from end to end.
+
+    `rows` counts all rows, bad ones too; `digest` changes with any of them; `carried` are the columns that
+    mean nothing to us; `ignored` counts the files of a folder that are neither audio nor tables.
+    """
+
+    uri: str
+    slices: tuple[Slice, ...]
+    rows: int
+    digest: str
+    carried: tuple[str, ...]
+    ignored: int = 0
+
+
+def open_manifest(uri: str) -> Manifest:
+    """Find the files of a manifest and read them once, streaming.
+
+    Raises ManifestError when there is nothing to read or a file is no manifest, StorageError when a place
+    cannot be reached. Single bad rows are no error here: they become error rows.
+    """
+    found = storage.list_files(uri)
+    if not found:
+        raise ManifestError(f"{uri}: no such file; check the path, the glob or the folder")
+    kinds = {name: _kind(name) for name in found}
+    folder = found != [uri]
+    is_glob = folder and any(character in uri for character in "*?[")
+    tables = [name for name in found if kinds[name] not in (None, "audio")]
+    audio = [name for name in found if kinds[name] == "audio"]
+    unknown = [name for name in found if kinds[name] is None]
+    if not folder and unknown:
+        known = ", ".join(TABLE_EXTENSIONS)
+        raise ManifestError(
+            f"{uri}: not a manifest; its name must end in {known} or be that of an audio file"
+        )
+    if is_glob:
+        # A glob says which files it wants: one that is no audio fails as a row rather than being skipped.
+        audio, unknown = sorted(audio + unknown), []
+    if tables and audio:
+        raise ManifestError(
+            f"{uri}: holds tables ({_base(tables[0])}, ...) and audio ({_base(audio[0])}, ...); "
+            "name one kind by a glob"
+        )
+    if not tables and not audio:
+        raise ManifestError(f"{uri}: no manifest or audio file in it")
+    survey = _survey_audio(uri, audio) if audio else _survey_tables(tables, kinds)
+    slices, rows, digest, carried = survey
+    if rows == 0:
+        raise ManifestError(f"{uri}: holds no rows")
+    return Manifest(uri, tuple(slices), rows, digest, tuple(sorted(carried)), len(unknown))
+
+
+def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
+    """(row number, record) of every row of a slice. Numbers count from 1 within a manifest file."""
+    if part.kind == "audio":
+        root = _root(part.uri)
+        for number, name in enumerate(part.audio, part.first_number):
+            yield number, {"id": name.removeprefix(root).lstrip("/"), "mixture": name}
+    elif part.kind == "parquet":
+        with _open(part.uri) as file:
+            table = pq.ParquetFile(file).read_row_group(part.row_group)
+        yield from enumerate(table.to_pylist(), part.first_number)
+    else:
+        with _open_text(part.uri) as file:
+            records = _csv_records(file, part.uri) if part.kind == "csv" else _jsonl_records(file)
+            yield from enumerate(records, part.first_number)
+
+
+def _survey_audio(uri: str, names: list[str]) -> tuple[list[Slice], int, str, set[str]]:
+    slices = [
+        Slice(uri, "audio", first + 1, audio=tuple(names[first : first + AUDIO_SLICE]))
+        for first in range(0, len(names), AUDIO_SLICE)
+    ]
+    return slices, len(names), hashlib.sha256("\n".join(names).encode()).hexdigest(), set()
+
+
+def _survey_tables(names: list[str], kinds: dict[str, str | None]) -> tuple[list[Slice], int, str, set[str]]:
+    slices: list[Slice] = []
+    carried: set[str] = set()
+    total = hashlib.sha256()
+    rows = 0
+    for name in names:
+        hasher = hashlib.sha256()
+        try:
+            if kinds[name] == "parquet":
+                parts, count, columns = _survey_parquet(name, hasher)
+            else:
+                parts, count, columns = _survey_text(Slice(name, str(kinds[name])), hasher)
+        except (UnicodeDecodeError, csv.Error, EOFError, zlib.error, OSError, pa.ArrowException) as error:
+            raise ManifestError(
+                f"{name}: cannot be parsed as {kinds[name]} ({' '.join(str(error).split())}); "
+                "save it again, text as UTF-8"
+            ) from error
+        slices += parts
+        rows += count
+        carried |= columns - set(COLUMNS)
+        total.update(f"{_base(name)} {hasher.hexdigest()}\n".encode())
+    return slices, rows, total.hexdigest(), carried
+
+
+def _survey_parquet(name: str, hasher: Any) -> tuple[list[Slice], int, set[str]]:
+    with _open(name) as file:
+        while block := file.read(1 << 20):
+            hasher.update(block)
+        file.seek(0)
+        parquet = pq.ParquetFile(file)
+        columns = set(parquet.schema_arrow.names)
+        _require_known(name, columns)
+        slices, rows = [], 0
+        for group in range(parquet.num_row_groups):
+            slices.append(Slice(name, "parquet", rows + 1, row_group=group))
+            rows += parquet.metadata.row_group(group).num_rows
+    return slices, rows, columns
+
+
+def _survey_text(part: Slice, hasher: Any) -> tuple[list[Slice], int, set[str]]:
+    columns: set[str] = set()
+    rows = parsed = 0
+    with _open_text(part.uri) as file:
+        lines = _hashed(file, hasher)
+        records = _csv_records(lines, part.uri) if part.kind == "csv" else _jsonl_records(lines)
+        for record in records:
+            rows += 1
+            if not isinstance(record, UnreadableRecord):
+                parsed += 1
+                columns.update(record)
+    if rows and not parsed and part.kind == "jsonl":
+        raise ManifestError(f"{part.uri}: no line of it is a JSON object; JSONL holds one object per line")
+    return [part], rows, columns
+
+
+def _csv_records(lines: Iterable[str], name: str) -> Iterator[Record]:
+    reader = csv.reader(lines, strict=True)
+    header = next(reader, None)
+    if not header:
+        raise ManifestError(f"{name}: empty; a CSV manifest starts with a line of column names")
+    columns = [column.strip() for column in header]
+    repeated = {column for column in columns if columns.count(column) > 1}
+    if repeated or not all(columns):
+        problem = f"repeats {', '.join(sorted(repeated))}" if repeated else "has an empty name"
+        raise ManifestError(f"{name}: its header {problem}; give every column a name of its own")
+    _require_known(name, set(columns))
+    for values in reader:
+        if not values:
+            continue
+        if len(values) == len(columns):
+            yield dict(zip(columns, values, strict=True))
+        else:
+            problem = f"has {len(values)} fields, the header {len(columns)}; quote fields that hold a comma"
+            yield UnreadableRecord(problem, ",".join(values))
+
+
+def _jsonl_records(lines: Iterable[str]) -> Iterator[Record]:
+    for line in lines:
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield UnreadableRecord(
+                f"is not JSON ({error}); JSONL holds one object per line", line.rstrip("\n")
+            )
+            continue
+        if isinstance(record, dict):
+            yield record
+        else:
+            problem = f"is a JSON {type(record).__name__}, not an object of column names and values"
+            yield UnreadableRecord(problem, line.rstrip("\n"))
+
+
+def _require_known(name: str, columns: set[str]) -> None:
+    if not columns & set(COLUMNS):
+        raise ManifestError(
+            f"{name}: has none of the columns {', '.join(COLUMNS)}; is its first line the header, "
+            "and are its fields separated by commas?"
+        )
+
+
+def _hashed(lines: Iterable[str], hasher: Any) -> Iterator[str]:
+    for line in lines:
+        hasher.update(line.encode())
+        yield line
+
+
+def _open(uri: str) -> Any:
+    return fsspec.open(uri, "rb")
+
+
+def _open_text(uri: str) -> Any:
+    # utf-8-sig: spreadsheets put a byte-order mark first, which would become part of the first column's name.
+    return fsspec.open(uri, "rt", encoding="utf-8-sig", newline="", compression="infer")
+
+
+def _kind(name: str) -> str | None:
+    base = _base(name).lower()
+    extension = base[base.rfind(".") :] if "." in base else ""
+    if extension in AUDIO_EXTENSIONS:
+        return "audio"
+    if extension == ".gz":
+        base = base.removesuffix(".gz")
+        extension = base[base.rfind(".") :] if "." in base else ""
+        if extension == ".parquet":
+            return None
+    return TABLE_EXTENSIONS.get(extension)
+
+
+def _root(uri: str) -> str:
+    """The folder that the names of an audio manifest are relative to: up to the first wildcard."""
+    filesystem, path = storage.open_filesystem(uri)
+    if filesystem.isdir(path):
+        root = path
+    else:
+        wildcard = min((path.index(character) for character in "*?[" if character in path), default=len(path))
+        root = storage.parent(path[:wildcard])
+    return root if storage.is_local(filesystem) else filesystem.unstrip_protocol(root)
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]

@@ -1,0 +1,244 @@
+"""A manifest row: what it must hold, and what becomes of one that does not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipelines import storage
+
+QUERY_COLUMNS = ("positive_text", "negative_text", "positive_audio", "negative_audio")
+COLUMNS = ("id", "mixture", *QUERY_COLUMNS, "target", "interference", "snr_db", "start", "duration")
+# Long enough that ten million digests collide with a chance of one in 10^10.
+DIGEST_DIGITS = 20
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DIGEST_SUFFIX = re.compile(rf"-[0-9a-f]{{{DIGEST_DIGITS}}}$")
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Why a row has no stem: a row of the errors table, but for where and when.
+
+    `stage` is one of manifest, decode, query, separate, encode, write.
+    """
+
+    stage: str
+    type: str
+    message: str
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One separation job as the manifest states it, or, where `error` is set, one that cannot be.
+
+    `number` counts the rows of a manifest file from 1. `key` identifies this row of this file with these
+    contents: a repaired row has a new one. URIs are absolute or relative to the working directory.
+    """
+
+    manifest: str
+    number: int
+    key: str
+    id: str
+    mixture: str | None = None
+    target: str | None = None
+    interference: str | None = None
+    snr_db: float | None = None
+    start: float | None = None
+    duration: float | None = None
+    positive_text: tuple[str, ...] = ()
+    negative_text: tuple[str, ...] = ()
+    positive_audio: tuple[str, ...] = ()
+    negative_audio: tuple[str, ...] = ()
+    carried: tuple[tuple[str, str], ...] = ()
+    error: RowError | None = None
+
+    def fail(self, error: RowError) -> Row:
+        """The row with `error` in place of a job."""
+        return replace(self, error=error)
+
+    def recording(self) -> str:
+        """What is decoded for this row, as a string: rows that share it belong in one shard."""
+        parts = (self.mixture,) if self.mixture else (self.target, self.interference, self.snr_db)
+        return json.dumps([*parts, self.start, self.duration])
+
+
+@dataclass(frozen=True)
+class UnreadableRecord:
+    """A line of a manifest that is not a record."""
+
+    message: str
+    text: str
+
+
+class _InvalidFieldError(ValueError):
+    def __init__(self, column: str, value: Any, problem: str) -> None:
+        super().__init__(f"{column}: {problem}")
+        self.value = value
+
+
+def parse_row(
+    record: Mapping[str, Any] | UnreadableRecord,
+    *,
+    manifest: str,
+    number: int,
+    positive: tuple[str, ...] = (),
+    negative: tuple[str, ...] = (),
+) -> Row:
+    """Validate one record of a manifest; never raises.
+
+    `positive` and `negative` are the texts for rows that bring no query of their own. A row without an id
+    gets a digest of its other columns.
+    """
+    name = manifest.rpartition("/")[2]
+    if isinstance(record, UnreadableRecord):
+        key = digest([name, number, record.text])
+        error = RowError("manifest", "UnreadableRecord", record.message, printable(record.text))
+        return Row(manifest, number, key, "", error=error)
+    filled = {column: value for column, value in record.items() if not _is_missing(value)}
+    row = Row(manifest, number, digest([name, number, filled]), _label(filled))
+    try:
+        return _validated(row, filled, positive, negative)
+    except _InvalidFieldError as problem:
+        message = printable(str(problem))
+        return row.fail(RowError("manifest", "InvalidRow", message, _as_text(problem.value)))
+
+
+def _validated(
+    row: Row, filled: Mapping[str, Any], positive: tuple[str, ...], negative: tuple[str, ...]
+) -> Row:
+    for column, value in filled.items():
+        if printable(column) != column or _as_text(value) != _as_text(value, escape=False):
+            raise _InvalidFieldError(
+                column, value, "holds characters that are not Unicode; save the manifest as UTF-8"
+            )
+    folder = storage.parent(row.manifest)
+    identifier = _identifier(filled)
+    uris = {column: _uri(filled, column, folder) for column in ("mixture", "target", "interference")}
+    if not uris["mixture"] and not (uris["target"] and uris["interference"]):
+        have = "target without interference" if uris["target"] else "neither mixture nor target"
+        raise _InvalidFieldError(
+            "mixture", uris["target"], f"the row has {have}; give mixture, or target and interference"
+        )
+    query = {
+        column: _texts(filled, column, folder if column.endswith("audio") else None)
+        for column in QUERY_COLUMNS
+    }
+    if not any(query.values()):
+        query |= {"positive_text": positive, "negative_text": negative}
+    if not any(query.values()):
+        raise _InvalidFieldError(
+            "positive_text",
+            None,
+            f"the row has no query; set one of {', '.join(QUERY_COLUMNS)}, or pass --positive or --negative",
+        )
+    return replace(
+        row,
+        id=identifier,
+        **uris,
+        snr_db=_number(filled, "snr_db"),
+        start=_number(filled, "start", at_least=0.0),
+        duration=_number(filled, "duration", above=0.0),
+        **query,
+        carried=tuple((name, _as_text(filled[name])) for name in sorted(set(filled) - set(COLUMNS))),
+    )
+
+
+def duplicate_of(row: Row, first: Row) -> Row:
+    """`row` as an error row, because `first` comes earlier and has its id."""
+    message = f"id: row {first.number} of {first.manifest} has this id and runs; give every row its own"
+    return row.fail(RowError("manifest", "DuplicateId", message, row.id))
+
+
+def file_name(identifier: str) -> str:
+    """A file name (no extension) for an id: distinct for distinct ids, and never a path.
+
+    Plain ids stay as they are; of any other the plain characters and a digest.
+    """
+    if _PLAIN_NAME.fullmatch(identifier) and not _DIGEST_SUFFIX.search(identifier):
+        return identifier
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", identifier[:60]).strip("._-") or "row"
+    return f"{plain}-{digest(identifier)}"
+
+
+def digest(value: Any) -> str:
+    """Hexadecimal digest of anything JSON can hold; the same on every machine."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+
+
+def printable(text: str) -> str:
+    """`text` with code points that no UTF-8 file can hold written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, list | tuple) and not value)
+
+
+def _label(filled: Mapping[str, Any]) -> str:
+    """The id of a row that may be invalid, for the errors table."""
+    value = filled.get("id")
+    if value is None:
+        return digest(filled)
+    return _as_text(value)
+
+
+def _identifier(filled: Mapping[str, Any]) -> str:
+    value = filled.get("id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise _InvalidFieldError("id", value, f"must be text, not {type(value).__name__}")
+    return _label(filled)
+
+
+def _uri(filled: Mapping[str, Any], column: str, folder: str) -> str | None:
+    value = filled.get(column)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise _InvalidFieldError(column, value, f"must be a URI or a path, not {type(value).__name__}")
+    return storage.resolve(value, folder)
+
+
+def _texts(filled: Mapping[str, Any], column: str, folder: str | None) -> tuple[str, ...]:
+    """The values of a query column; resolved against `folder` where they are URIs."""
+    value = filled.get(column, ())
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(item, str) for item in values):
+        raise _InvalidFieldError(column, value, "must be text or a list of texts")
+    if not all(item.strip() for item in values):
+        raise _InvalidFieldError(column, value, "holds an empty text; leave it out")
+    return tuple(item if folder is None else storage.resolve(item, folder) for item in values)
+
+
+def _number(
+    filled: Mapping[str, Any], column: str, at_least: float = -math.inf, above: float = -math.inf
+) -> float | None:
+    value = filled.get(column)
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _InvalidFieldError(column, value, "is not a number") from None
+    if not math.isfinite(number):
+        raise _InvalidFieldError(column, value, "must be finite")
+    if number < at_least:
+        raise _InvalidFieldError(column, value, f"must be at least {at_least:g}")
+    if number <= above:
+        raise _InvalidFieldError(column, value, f"must be above {above:g}")
+    return number
+
+
+def _as_text(value: Any, escape: bool = True) -> str | None:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return printable(text) if escape else text
