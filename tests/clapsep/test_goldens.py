@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ from clapsep.clap import Clap
 from clapsep.config import BASE
 from clapsep.convert import clap_tensors, clapsep_tensors
 from clapsep.model import ClapSep
+from clapsep.query import int16_round_trip, repeat_pad
 from clapsep.spectral import LogMel, Resampler, Stft, mel_filters
 from tests.golden import CONFIGS, Golden, checkpoint, relative_error
 from tests.regenerate import signal, unit
@@ -65,42 +67,46 @@ def embeds(size: str, *names: str) -> Tensor:
 
 
 class Tap:
-    """Collects the named intermediate tensors of one forward pass."""
+    """Collects named inputs and outputs of modules while its context lasts."""
 
-    def __init__(self, model: ClapSep) -> None:
+    def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
-        branch, decoder = model.audio_branch, model.decoder_model
-        for name, module in model.named_modules():
-            short = name.replace("audio_branch.", "enc.").replace("decoder_model.", "dec.")
-            if module is not decoder.inverse_patch_embed:  # the golden is taken before un-stacking
-                self.output(short, module)
-        self.output("resampled", model.resampler)
-        self.output("enc.logmel", branch.log_mel)
-        self.input("enc.spec_padded", branch.log_mel)
-        self.output("enc.bn0", branch.bn0)
-        self.input("enc.image", branch.patch_embed)
-        self.output("dec.inverse_patch_embed", decoder.inverse_patch_embed.proj)
+        self._handles = contextlib.ExitStack()
 
     def output(self, name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda module, inputs, output: self.seen.update({name: output}))
+        handle = module.register_forward_hook(lambda module, inputs, output: self.seen.update({name: output}))
+        self._handles.callback(handle.remove)
 
     def input(self, name: str, module: nn.Module) -> None:
-        module.register_forward_hook(lambda module, inputs, output: self.seen.update({name: inputs[0]}))
+        handle = module.register_forward_hook(
+            lambda module, inputs, output: self.seen.update({name: inputs[0]})
+        )
+        self._handles.callback(handle.remove)
+
+    def __enter__(self) -> Tap:
+        torch.set_grad_enabled(False)
+        self._handles.callback(torch.set_grad_enabled, True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handles.close()
 
 
-@torch.inference_mode()
 def run(model: ClapSep, mixture: Tensor, embed: Tensor) -> dict[str, Tensor]:
     """Every tensor the goldens may name."""
-    hooks = [dict(module._forward_hooks) for module in model.modules()]
-    tap = Tap(model)
-    try:
+    branch, decoder = model.audio_branch, model.decoder_model
+    with Tap() as tap:
+        for name, module in model.named_modules():
+            if module is not decoder.inverse_patch_embed:  # the golden is taken before un-stacking
+                tap.output(name.replace("audio_branch.", "enc.").replace("decoder_model.", "dec."), module)
+        tap.output("resampled", model.resampler)
+        tap.output("enc.logmel", branch.log_mel)
+        tap.input("enc.spec_padded", branch.log_mel)
+        tap.input("enc.image", branch.patch_embed)
+        tap.output("dec.inverse_patch_embed", decoder.inverse_patch_embed.proj)
         features = model.features(mixture)
         mask = model.mask(features, embed)
         predicted = model.separate(mixture, embed)
-    finally:
-        for module, before in zip(model.modules(), hooks, strict=True):
-            module._forward_hooks.clear()
-            module._forward_hooks.update(before)
     spectrum, magnitude = features.spectrum, features.magnitude
     phase = spectrum / magnitude.clamp(min=1e-10)
     return tap.seen | {
@@ -197,20 +203,15 @@ def test_text_tower_matches_layer_by_layer(size: str) -> None:
     golden = Golden(f"{size}_vi_clap_text")
     clap = published(size).clap
     ids, mask = torch.from_numpy(golden["input_ids"]), torch.from_numpy(golden["attention_mask"])
-    seen: dict[str, Tensor] = {}
-    modules = {"embeddings": clap.text_branch.embeddings, "pooled": clap.text_branch}
     layers = clap.text_branch.encoder["layer"]
-    modules |= {f"layer.{index}": layer for index, layer in enumerate(layers)} | {
-        "projected": clap.text_projection
-    }
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: output}))
-        for name, module in modules.items()
-    ]
-    with torch.inference_mode():
+    with Tap() as tap:
+        tap.output("embeddings", clap.text_branch.embeddings)
+        for index, layer in enumerate(layers):
+            tap.output(f"layer.{index}", layer)
+        tap.output("pooled", clap.text_branch)
+        tap.output("projected", clap.text_projection)
         clap.embed_text(ids, mask)
-    for handle in handles:
-        handle.remove()
+    seen = tap.seen
     seen["last"] = seen[f"layer.{len(layers) - 1}"]
     for name, value in seen.items():
         seen[name] = value * mask[..., None] if value.dim() == 3 else value
@@ -293,3 +294,27 @@ def _short_padded() -> Tensor:
 def test_mixture_longer_than_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="longer than a window of 320000"):
         published("tiny").model.features(torch.zeros(1, 320_001))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_audio_tower_matches_layer_by_layer(size: str) -> None:
+    golden = Golden(f"{size}_v_clap_audio")
+    clap = published(size).clap
+    branch = clap.audio_branch
+    seconds = {"q3": 3.0, "q4p9": 4.9, "q10": 10.0, "q14": 14.0}
+    seen: dict[str, Tensor] = {}
+    for query, length in seconds.items():
+        wave = signal(query, 48_000, length, peak=1.3 if query == "q10" else None)
+        start = golden.meta[query]["crop_start"] if query == "q14" else 0
+        fed = torch.from_numpy(int16_round_trip(repeat_pad(wave[start : start + 480_000], 480_000)))[None]
+        with Tap() as tap:
+            tap.output(f"{query}:logmel", branch.log_mel)
+            tap.input(f"{query}:image", branch.patch_embed)
+            tap.output(f"{query}:norm", branch.norm)
+            tap.input(f"{query}:latent", clap.audio_projection)
+            tap.output(f"{query}:projected", clap.audio_projection)
+            embedding = clap.embed_audio(fed)
+        seen |= tap.seen
+        seen |= {f"{query}:wave": torch.from_numpy(wave), f"{query}:fed": fed}
+        assert relative_error(embedding.numpy(), golden[f"{query}:embed"]) <= 1e-5
+    check(golden, seen)
