@@ -1,0 +1,285 @@
+"""Model bundles: a folder with `model.safetensors`, `config.json`, `tokenizer.json` and `card.json`.
+
+`card.json` holds the SHA-256 of the other three, which is checked at every load. The bundle's digest is the
+SHA-256 over their names and SHA-256s, so equal digests mean equal results.
+
+Keys of `model.safetensors`: `clap.<key of Clap>` for the query towers, `audio_branch.*` and
+`decoder_model.*` for the separator. An `audio_branch` tensor that equals the tower's is left out, and both
+models then share its memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from clapsep.clap import Clap
+from clapsep.config import ModelConfig
+from clapsep.model import ClapSep
+from clapsep.query import QueryEncoder
+
+MODEL_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer.json"
+CARD_FILE = "card.json"
+HASHED_FILES = (MODEL_FILE, CONFIG_FILE, TOKENIZER_FILE)
+TOWER_PREFIX = "clap."
+CACHE_VARIABLE = "CLAPSEP_CACHE"
+
+
+class BundleError(RuntimeError):
+    """A bundle that cannot be loaded; one line that names the file and the fix."""
+
+
+@dataclass(eq=False)
+class Bundle:
+    """A loaded model, ready for inference (float32, evaluation mode, no gradients).
+
+    Attributes:
+        model: the separator.
+        clap: the query towers; shares memory with `model` wherever their weights are equal.
+        tokenizer: of the text tower.
+        config: sizes and numerics of both models.
+        card: name, licence, sources, training data, vocabulary, parity report, and the files' SHA-256.
+        digest: hexadecimal SHA-256 over model, config and tokenizer.
+        size: bytes of the four files.
+        device: where the weights are.
+        allow_unfamiliar: whether `queries` embeds words that the model never learned.
+    """
+
+    model: ClapSep
+    clap: Clap
+    tokenizer: Tokenizer
+    config: ModelConfig
+    card: dict[str, Any]
+    digest: str
+    size: int
+    device: torch.device
+    allow_unfamiliar: bool = field(default=False)
+
+    @cached_property
+    def queries(self) -> QueryEncoder:
+        """Embeds queries with this bundle's towers; one cache per bundle."""
+        return QueryEncoder(
+            self.clap,
+            self.tokenizer,
+            self.config,
+            vocabulary=self.card.get("vocabulary") or (),
+            allow_unfamiliar=self.allow_unfamiliar,
+        )
+
+
+def load(
+    uri: str | None = None, device: str | torch.device = "cpu", *, allow_unfamiliar: bool = False
+) -> Bundle:
+    """Load and verify a bundle.
+
+    Args:
+        uri: folder, local or any fsspec URI; None is the embedded default. A remote bundle is first copied
+            to `$CLAPSEP_CACHE` (default `~/.cache/clapsep`), under its digest, once per machine.
+        device: where the weights go.
+        allow_unfamiliar: accept query words that the model never learned.
+
+    Raises:
+        BundleError: a file is missing, unreadable or not the one that the card describes.
+    """
+    folder, card = _local_folder(uri)
+    digest = _verify(folder, card)
+    try:
+        config = ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{folder / CONFIG_FILE}: not a configuration this version knows ({error!r}); "
+            "use the clapsep version that wrote the bundle, or convert it again"
+        ) from error
+    tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+    device = torch.device(device)
+    # Half-precision storage is upcast once, before sharing, so that both models still share memory.
+    tensors = {
+        key: tensor.float() if tensor.is_floating_point() else tensor
+        for key, tensor in load_file(folder / MODEL_FILE, device=str(device)).items()
+    }
+    towers = {
+        key.removeprefix(TOWER_PREFIX): value
+        for key, value in tensors.items()
+        if key.startswith(TOWER_PREFIX)
+    }
+    with _SkipInitialisation():
+        model, clap = ClapSep(config), Clap(config)
+    separator = {key: tensors.get(key, towers.get(key)) for key in model.state_dict()}
+    _assign(clap, towers, folder)
+    _assign(model, {key: value for key, value in separator.items() if value is not None}, folder)
+    for module in (model, clap):
+        module.to(device).eval().requires_grad_(False)
+    size = sum((folder / name).stat().st_size for name in (*HASHED_FILES, CARD_FILE))
+    return Bundle(model, clap, tokenizer, config, card, digest, size, device, allow_unfamiliar)
+
+
+def save(
+    folder: str,
+    model: ClapSep,
+    clap: Clap,
+    tokenizer: Tokenizer,
+    card: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write a bundle and return its digest. The same models give the same bytes.
+
+    Args:
+        folder: where to; local or any fsspec URI. The card is written last.
+        model: separator, LoRA merged.
+        clap: query towers.
+        tokenizer: of the text tower.
+        card: everything `card.json` is to hold but the files' SHA-256.
+        dtype: storage type of the weights, e.g. torch.float16; None keeps each tensor's own.
+    """
+
+    def stored(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous()
+
+    tensors = {TOWER_PREFIX + key: stored(value) for key, value in clap.state_dict().items()}
+    for key, value in model.state_dict().items():
+        value = stored(value)
+        tower = tensors.get(TOWER_PREFIX + key)
+        if tower is None or not torch.equal(tower, value):
+            tensors[key] = value
+    with tempfile.TemporaryDirectory() as scratch:
+        written = Path(scratch)
+        save_file(tensors, written / MODEL_FILE)
+        (written / CONFIG_FILE).write_text(_json(model.config.to_dict()))
+        (written / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True) + "\n")
+        hashes = {name: _sha256(written / name) for name in HASHED_FILES}
+        (written / CARD_FILE).write_text(_json({**card, "sha256": hashes}))
+        filesystem, root = fsspec.core.url_to_fs(str(folder))
+        filesystem.makedirs(root, exist_ok=True)
+        for name in (*HASHED_FILES, CARD_FILE):
+            filesystem.put_file(str(written / name), f"{root}/{name}")
+    return _digest(hashes)
+
+
+def info(bundle: Bundle) -> str:
+    """What the bundle is, as lines of text: name, digest, sizes, parameters, licence, vocabulary, parity."""
+    card = bundle.card
+    config = bundle.config
+    shared = {value.data_ptr() for value in bundle.clap.parameters()}
+    separator = sum(value.numel() for value in bundle.model.parameters())
+    towers = sum(value.numel() for value in bundle.clap.parameters())
+    own = sum(value.numel() for value in bundle.model.parameters() if value.data_ptr() not in shared)
+    vocabulary = card.get("vocabulary")
+    lines = {
+        "name": card.get("name", "unnamed"),
+        "digest": bundle.digest,
+        "size": f"{bundle.size / 1e6:.1f} MB",
+        "parameters": f"{(towers + own) / 1e6:.1f} M (separator {separator / 1e6:.1f} M, "
+        f"query towers {towers / 1e6:.1f} M, {(separator - own) / 1e6:.1f} M shared)",
+        "audio": f"{config.sample_rate} Hz, windows of {config.window_seconds:g} s",
+        "licence": card.get("licence", "not stated"),
+        "queries": ", ".join(vocabulary) if vocabulary else "any English text, any recording",
+    }
+    text = "\n".join(f"{name:<12}{value}" for name, value in lines.items())
+    rest = {key: value for key, value in card.items() if key not in (*lines, "vocabulary", "sha256")}
+    return text + "".join(
+        f"\n{key}: {json.dumps(value, indent=2, ensure_ascii=False)}" for key, value in rest.items()
+    )
+
+
+class _SkipInitialisation(TorchFunctionMode):
+    """Leaves new parameters uninitialised: every one is replaced by the file's."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+def _assign(module: torch.nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
+    try:
+        module.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise BundleError(
+            f"{folder / MODEL_FILE}: weights and {CONFIG_FILE} do not fit together "
+            f"({' '.join(str(error).split())}); write the bundle again"
+        ) from error
+
+
+def _local_folder(uri: str | None) -> tuple[Path, dict[str, Any]]:
+    if uri is None:
+        uri = str(importlib.resources.files("clapsep") / "bundles" / "mini")
+    try:
+        filesystem, root = fsspec.core.url_to_fs(str(uri).rstrip("/"))
+        card = json.loads(filesystem.cat_file(f"{root}/{CARD_FILE}"))
+        expected = {name: card["sha256"][name] for name in HASHED_FILES}
+    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{uri}: no readable {CARD_FILE} ({error!r}); a bundle is a folder that `clapsep convert` wrote"
+        ) from error
+    if isinstance(filesystem, LocalFileSystem):
+        return Path(root), card
+    folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "clapsep") / _digest(expected)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+        try:
+            for name in (*HASHED_FILES, CARD_FILE):
+                filesystem.get_file(f"{root}/{name}", str(scratch / name))
+            _verify(scratch, card, where=str(uri))
+            scratch.rename(folder)
+        except FileNotFoundError as error:
+            raise BundleError(f"{uri}: {error}; copy the whole bundle there") from error
+        except OSError:
+            # Another process may have put the same bundle there first.
+            if not folder.exists():
+                raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder, card
+
+
+def _verify(folder: Path, card: Mapping[str, Any], where: str | None = None) -> str:
+    found = {}
+    for name in HASHED_FILES:
+        expected = card["sha256"][name]
+        path = folder / name
+        if not path.exists():
+            raise BundleError(f"{where or folder}: {name} is missing; copy the whole bundle there")
+        found[name] = _sha256(path)
+        if found[name] != expected:
+            raise BundleError(
+                f"{where or folder}: {name} is damaged or was changed (SHA-256 {found[name]}, "
+                f"the card says {expected}); delete this copy of the bundle and fetch or convert it again"
+            )
+    return _digest(found)
+
+
+def _digest(hashes: Mapping[str, str]) -> str:
+    return hashlib.sha256("".join(f"{name} {hashes[name]}\n" for name in HASHED_FILES).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from clapsep import bundle, convert
+from clapsep.bundle import Bundle
+from tests.clapsep.checkpoints import write_clap, write_clapsep, write_tokenizer
+from tests.golden import TINY
+
+
+@pytest.fixture(scope="session")
+def published_tiny(tmp_path_factory) -> Path:
+    """A folder with `clap.pt`, `clapsep.ckpt` and `tokenizer/`, tiny size."""
+    folder = tmp_path_factory.mktemp("published_tiny")
+    write_clap(folder / "clap.pt", "tiny")
+    write_clapsep(folder / "clapsep.ckpt", "tiny")
+    write_tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(published_tiny, tmp_path_factory) -> Path:
+    """The bundle that these files convert to."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    files = (str(published_tiny / name) for name in ("clap.pt", "clapsep.ckpt", "tokenizer"))
+    convert.convert(*files, str(folder), name="tiny", config=TINY)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder) -> Bundle:
+    return bundle.load(str(tiny_folder))
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Tokenizer:
+    """Whole words only, like the embedded default's: everything else is `<unk>`."""
+    words = ["<s>", "<pad>", "</s>", "<unk>", "dog", "rain"]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    return tokenizer
