@@ -1,0 +1,563 @@
+"""The window engine with models whose answer is known: identity, content-dependent, failing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soxr
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clapsep.audio import AudioError, AudioWriter, Recording, Waveform
+from clapsep.engine import Engine, Job, Result
+from clapsep.engine.windows import OverlapAdd
+
+RATE = 8000
+CONDITION = torch.zeros(1)
+PROPERTY = settings(
+    derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+class Identity:
+    """A window model that keeps everything."""
+
+    def __init__(self, sample_rate: int = RATE, seconds: float = 1.0) -> None:
+        self.sample_rate = sample_rate
+        self.window = round(seconds * sample_rate)
+
+    def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
+        return mixture
+
+
+class Content(Identity):
+    """Depends on the window's content and on the condition, not on the rest of the batch."""
+
+    def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
+        return 0.5 * mixture + condition[:, :1] * 0.1 * mixture.roll(7, dims=1)
+
+
+class Positional(Identity):
+    """What a window model must not do: depend on the place in the batch and on the batch's size."""
+
+    def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
+        return mixture * torch.linspace(0.5, 1, len(mixture) + 3)[: len(mixture), None]
+
+
+class Collector:
+    """A sink that checks the protocol and keeps everything."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+        self.blocks: list[tuple[np.ndarray, np.ndarray | None, np.ndarray]] = []
+        self.closed = self.aborted = 0
+        self._busy = threading.Lock()
+
+    def write(self, mixture: np.ndarray, target: np.ndarray | None, stem: np.ndarray) -> None:
+        assert self._busy.acquire(blocking=False), "two threads in one sink"
+        assert mixture.shape == stem.shape
+        assert mixture.shape[1] == self.source.channels
+        assert mixture.dtype == stem.dtype == np.float32
+        assert len(mixture) > 0
+        assert not self.closed
+        self.blocks.append((mixture.copy(), None if target is None else target.copy(), stem.copy()))
+        self._busy.release()
+
+    def close(self) -> Collector:
+        self.closed += 1
+        return self
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+    @property
+    def mixture(self) -> np.ndarray:
+        return np.concatenate([mixture for mixture, _, _ in self.blocks])
+
+    @property
+    def stem(self) -> np.ndarray:
+        return np.concatenate([stem for _, _, stem in self.blocks])
+
+
+def noise(frames: int, channels: int = 1, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((frames, channels)) * 0.2).astype(np.float32)
+
+
+def waveform_job(
+    samples: np.ndarray, sample_rate: int = RATE, key: str = "a", condition: Tensor = CONDITION
+) -> Job:
+    return Job(key, lambda: Waveform(samples, sample_rate), condition, Collector)
+
+
+def run(engine: Engine, jobs: Any) -> dict[str, Result]:
+    results = list(engine.run(jobs))
+    assert len({result.key for result in results}) == len(results)
+    return {result.key: result for result in results}
+
+
+def stems(engine: Engine, jobs: Any) -> dict[str, np.ndarray]:
+    results = run(engine, jobs)
+    assert [result.error for result in results.values() if result.error is not None] == []
+    return {key: result.value.stem for key, result in results.items()}
+
+
+@contextlib.contextmanager
+def no_thread_left() -> Iterator[None]:
+    before = set(threading.enumerate())
+    yield
+    assert set(threading.enumerate()) <= before
+
+
+@settings(PROPERTY, max_examples=60)
+@given(
+    seconds=st.floats(0, 65),
+    channels=st.integers(1, 6),
+    hop=st.floats(0.01, 1.0),
+    window=st.floats(0.5, 10.0),
+    batch=st.integers(1, 9),
+)
+def test_identity_model_returns_the_mixture(
+    seconds: float, channels: int, hop: float, window: float, batch: int
+) -> None:
+    mixture = noise(max(1, round(seconds * RATE)), channels)
+    model = Identity(seconds=window)
+    engine = Engine(model, hop_seconds=max(hop, 0.05) * window, batch_windows=batch)
+    collected = run(engine, [waveform_job(mixture)])["a"].value
+    np.testing.assert_array_equal(collected.mixture, mixture)
+    np.testing.assert_allclose(collected.stem, mixture, rtol=0, atol=1e-6)
+    residual = collected.mixture - collected.stem
+    np.testing.assert_allclose(residual + collected.stem, mixture, rtol=0, atol=1e-6)
+    assert engine.stats.audio_seconds == pytest.approx(len(mixture) / RATE)
+
+
+@settings(PROPERTY, max_examples=30)
+@given(
+    rate=st.one_of(
+        st.sampled_from([8000, 11025, 16000, 22050, 44100, 48000, 96000, 192000]), st.integers(8000, 192000)
+    ),
+    model_rate=st.sampled_from([8000, 32000]),
+    frames=st.one_of(st.integers(1, 50), st.integers(1, 200_000)),
+    channels=st.integers(1, 2),
+)
+def test_identity_model_at_any_rate_differs_by_the_resampler_alone(
+    rate: int, model_rate: int, frames: int, channels: int
+) -> None:
+    mixture = noise(frames, channels)
+    engine = Engine(Identity(model_rate, seconds=0.5))
+    stem = stems(engine, [waveform_job(mixture, rate)])["a"]
+    assert stem.shape == mixture.shape
+    if rate == model_rate:
+        np.testing.assert_allclose(stem, mixture, rtol=0, atol=1e-6)
+        return
+    # The same two conversions of the whole recording at once are what no engine can avoid.
+    expected = soxr.resample(soxr.resample(mixture, rate, model_rate), model_rate, rate)[:frames]
+    expected = np.pad(expected, ((0, frames - len(expected)), (0, 0)))
+    np.testing.assert_allclose(stem, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [44100, 48000, 96000, 192000])
+def test_resampled_tone_keeps_its_phase_and_level(rate: int) -> None:
+    time_axis = np.arange(3 * rate) / rate
+    mixture = (0.5 * np.sin(2 * np.pi * 440 * time_axis)).astype(np.float32)[:, None]
+    stem = stems(Engine(Identity(32000)), [waveform_job(mixture, rate)])["a"]
+    inner = slice(rate // 10, -rate // 10)
+    assert np.abs(stem[inner] - mixture[inner]).max() < 1e-4
+
+
+@pytest.mark.parametrize("rate", [1, 7, 768000])
+def test_absurd_rates_keep_the_length(rate: int) -> None:
+    mixture = noise(2 if rate < 100 else rate // 2)
+    assert stems(Engine(Identity(32000)), [waveform_job(mixture, rate)])["a"].shape == mixture.shape
+
+
+def test_silence_stays_exactly_zero() -> None:
+    silence = np.zeros((3 * 44100, 2), np.float32)
+    stem = stems(Engine(Identity(32000)), [waveform_job(silence, 44100)])["a"]
+    assert not stem.any()
+
+
+def test_hop_of_a_window_makes_hard_joins_of_the_published_protocol() -> None:
+    mixture = noise(round(2.5 * RATE))
+    engine = Engine(Content(), hop_seconds=1.0)
+    stem = stems(engine, [waveform_job(mixture, condition=torch.ones(1))])["a"]
+    padded = torch.from_numpy(np.pad(mixture[:, 0], (0, RATE // 2))).reshape(3, RATE)
+    expected = Content().separate(padded, torch.ones(3, 1)).reshape(-1).numpy()[: len(mixture)]
+    np.testing.assert_array_equal(stem[:, 0], expected)
+    assert engine.stats.windows == 3
+
+
+@pytest.mark.parametrize(("window", "hop"), [(8, 8), (8, 6), (8, 4), (8, 3), (8, 1), (9, 4), (1, 1)])
+def test_cross_fade_weights_sum_to_one_and_change_steadily(window: int, hop: int) -> None:
+    windows = 6
+    total = (windows - 1) * hop + window
+    # The response to a window of ones among windows of zeros is its weight.
+    weights = np.zeros((windows, total))
+    for chosen in range(windows):
+        joiner = OverlapAdd(1, window, hop)
+        parts = [joiner.add(np.full((1, window), float(i == chosen)), window) for i in range(windows)]
+        weights[chosen] = np.concatenate([*parts, joiner.finish()])[:, 0]
+    np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=0, atol=1e-6)
+    assert weights.min() >= 0
+    for i in range(windows):
+        assert not weights[i, : i * hop].any()
+        assert not weights[i, i * hop + window :].any()
+        assert weights[i, i * hop : i * hop + window].min() > 0
+    if hop == 6:
+        np.testing.assert_allclose(weights[0], [1] * 6 + [2 / 3, 1 / 3] + [0] * 30, atol=1e-6)
+
+
+@pytest.mark.parametrize(("frames", "windows"), [(1, 1), (RATE, 1), (RATE + 1, 2), (RATE + 6000, 2)])
+def test_number_of_windows_is_the_least_that_covers_the_recording(frames: int, windows: int) -> None:
+    engine = Engine(Identity(), hop_seconds=0.75)
+    run(engine, [waveform_job(noise(frames))])
+    assert engine.stats.windows == windows
+
+
+@settings(PROPERTY, max_examples=25)
+@given(
+    lengths=st.lists(st.integers(1, 4 * RATE), min_size=2, max_size=9),
+    batch=st.integers(1, 12),
+    decode_threads=st.integers(1, 4),
+    ahead=st.sampled_from([0.0, 1.5, 240.0]),
+    order=st.randoms(use_true_random=False),
+)
+def test_batch_composition_and_order_change_nothing(
+    lengths: list[int], batch: int, decode_threads: int, ahead: float, order: Any
+) -> None:
+    jobs = [
+        waveform_job(noise(n, 1 + i % 3, seed=i), 8000 if i % 2 else 11025, str(i), torch.full((1,), i / 3))
+        for i, n in enumerate(lengths)
+    ]
+    alone = {}
+    for job in jobs:
+        alone |= stems(Engine(Content(), batch_windows=1), [job])
+    order.shuffle(jobs)
+    engine = Engine(
+        Content(), batch_windows=batch, decode_threads=decode_threads, ahead_seconds=ahead, encode_threads=2
+    )
+    together = stems(engine, jobs)
+    assert together.keys() == alone.keys()
+    for key, stem in together.items():
+        np.testing.assert_allclose(stem, alone[key], rtol=0, atol=1e-6)
+
+
+def test_windows_of_several_jobs_and_channels_fill_the_batches() -> None:
+    engine = Engine(Identity(), hop_seconds=1.0, batch_windows=4)
+    run(engine, [waveform_job(noise(RATE * n, 3), key=str(i)) for i, n in enumerate((1, 2, 4, 2))])
+    assert engine.stats.windows == 27
+    assert engine.stats.batches == math.ceil(27 / 4)
+    assert engine.stats.audio_seconds == pytest.approx(9)
+
+
+def test_batches_do_not_depend_on_timing() -> None:
+    class Slow(Waveform):
+        def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+            for block in super().blocks():
+                time.sleep(pauses.random() * 0.02)
+                yield block
+
+    def job(i: int) -> Job:
+        samples = noise(3000 * (i + 1), 1 + i % 2, seed=i)
+        return Job(str(i), lambda: Slow(samples, RATE), CONDITION, Collector)
+
+    runs = []
+    for seed, encode_threads in ((0, 1), (1, 3), (2, 8)):
+        pauses = np.random.default_rng(seed)
+        engine = Engine(
+            Positional(seconds=0.25),
+            batch_windows=5,
+            encode_threads=encode_threads,
+            ahead_seconds=1 + 5 * seed,
+        )
+        runs.append(stems(engine, [job(i) for i in range(8)]))
+    for key in runs[0]:
+        assert runs[0][key].tobytes() == runs[1][key].tobytes() == runs[2][key].tobytes()
+
+
+def test_many_threads_write_the_bytes_of_one(tmp_path: Path) -> None:
+    for i in range(8):
+        with AudioWriter(str(tmp_path / f"{i}.flac"), 16000 + 500 * i, 1 + i % 2) as writer:
+            writer.write(noise(30_000 + 5000 * i, 1 + i % 2, seed=i))
+
+    def separate(threads: int) -> dict[str, bytes]:
+        folder = tmp_path / f"threads{threads}"
+        jobs = [file_job(tmp_path / f"{i}.flac", folder / f"{i}.flac") for i in range(8)]
+        engine = Engine(Content(), decode_threads=threads, encode_threads=threads)
+        assert [result.error for result in engine.run(jobs)] == [None] * 8
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    alone = separate(1)
+    assert len(alone) == 8
+    assert separate(8) == alone
+
+
+class FileSink:
+    def __init__(self, path: Path, source: Any) -> None:
+        self._writer = AudioWriter(str(path), source.sample_rate, source.channels)
+
+    def write(self, mixture: np.ndarray, target: np.ndarray | None, stem: np.ndarray) -> None:
+        self._writer.write(stem)
+
+    def close(self) -> int:
+        self._writer.close()
+        return self._writer.frames
+
+    def abort(self) -> None:
+        self._writer.abort()
+
+
+def file_job(source: Path, stem: Path) -> Job:
+    return Job(source.name, lambda: Recording(str(source)), CONDITION, lambda opened: FileSink(stem, opened))
+
+
+def test_target_travels_beside_the_mixture(tmp_path: Path) -> None:
+    for name, seed in (("mixture", 1), ("target", 2)):
+        with AudioWriter(str(tmp_path / f"{name}.wav"), 11025, 2) as writer:
+            writer.write(noise(40_000, 2, seed))
+    recording = Recording(
+        str(tmp_path / "mixture.wav"), start=0.5, duration=2.0, target=str(tmp_path / "target.wav")
+    )
+    job = Job("a", lambda: recording, CONDITION, Collector)
+    collected = run(Engine(Identity()), [job])["a"].value
+    first = round(0.5 * 11025)
+    np.testing.assert_array_equal(collected.mixture, noise(40_000, 2, 1)[first : first + 22050])
+    target = np.concatenate([block for _, block, _ in collected.blocks])
+    np.testing.assert_array_equal(target, noise(40_000, 2, 2)[first : first + 22050])
+
+
+class BrokenSource(Waveform):
+    """Fails after `good` blocks."""
+
+    def __init__(self, samples: np.ndarray, sample_rate: int, good: int) -> None:
+        super().__init__(samples, sample_rate)
+        self._good = good
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        for i, block in enumerate(super().blocks()):
+            if i == self._good:
+                raise AudioError("damaged")
+            yield block
+
+
+class BrokenSink(Collector):
+    broken: tuple[BrokenSink, ...] = ()
+
+    def __init__(self, source: Any, stage: str) -> None:
+        super().__init__(source)
+        self.stage = stage
+        BrokenSink.broken += (self,)
+        if stage == "make":
+            raise OSError("cannot be made")
+
+    def write(self, mixture: np.ndarray, target: np.ndarray | None, stem: np.ndarray) -> None:
+        super().write(mixture, target, stem)
+        if self.stage == "write" and len(self.blocks) == 3:
+            raise OSError("disk full")
+
+    def close(self) -> Collector:
+        if self.stage == "close":
+            raise OSError("cannot be published")
+        return super().close()
+
+    def abort(self) -> None:
+        super().abort()
+        if self.stage == "write":
+            raise OSError("cannot even be aborted")
+
+
+@pytest.mark.parametrize("ahead", [0.0, 240.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_failing_job_disturbs_no_other(threads: int, ahead: float) -> None:
+    BrokenSink.broken = ()
+    samples = noise(6 * RATE, 2)
+
+    def broken_sink(stage: str) -> Job:
+        return Job(
+            stage, lambda: Waveform(samples, RATE), CONDITION, lambda source: BrokenSink(source, stage)
+        )
+
+    def not_there() -> Waveform:
+        raise AudioError("not there")
+
+    class Short(Waveform):
+        def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+            blocks = list(super().blocks())
+            yield from blocks[:-1]
+
+    class Poisoned(Content):
+        def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
+            if (condition == 13).any():
+                raise RuntimeError("unlucky")
+            return super().separate(mixture, condition) / (condition[:, :1] != 14)
+
+    failing = [
+        Job("source", not_there, CONDITION, Collector),
+        Job("first block", lambda: BrokenSource(samples, RATE, 0), CONDITION, Collector),
+        Job("later block", lambda: BrokenSource(samples, RATE, 4), CONDITION, Collector),
+        Job("short", lambda: Short(samples, RATE), CONDITION, Collector),
+        broken_sink("make"),
+        broken_sink("write"),
+        broken_sink("close"),
+        waveform_job(samples, key="model", condition=torch.full((1,), 13.0)),
+        waveform_job(samples, key="nan", condition=torch.full((1,), 14.0)),
+    ]
+    good = [waveform_job(noise(RATE * 2 + i, 1, i), key=f"good{i}") for i in range(len(failing))]
+    jobs = [job for pair in zip(good, failing, strict=True) for job in pair]
+    engine = Engine(Poisoned(), decode_threads=threads, encode_threads=threads, ahead_seconds=ahead)
+    with no_thread_left():
+        results = run(engine, jobs)
+    stages = {key: result.stage for key, result in results.items() if result.error is not None}
+    assert stages == {
+        "source": "decode",
+        "first block": "decode",
+        "later block": "decode",
+        "short": "decode",
+        "make": "encode",
+        "write": "encode",
+        "close": "write",
+        "model": "separate",
+        "nan": "separate",
+    }
+    assert str(results["later block"].error) == "damaged"
+    assert "unlucky" in str(results["model"].error)
+    assert "NaN" in str(results["nan"].error)
+    assert [
+        (sink.stage, sink.aborted, sink.closed) for sink in BrokenSink.broken if sink.stage != "make"
+    ] == [
+        ("write", 1, 0),
+        ("close", 1, 0),
+    ]
+    for i, job in enumerate(good):
+        alone = stems(Engine(Content(), batch_windows=1), [job])[job.key]
+        np.testing.assert_allclose(results[f"good{i}"].value.stem, alone, rtol=0, atol=1e-6)
+
+
+def test_a_model_that_always_fails_fails_every_job() -> None:
+    class Wrong(Identity):
+        def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
+            return mixture[:, :-1]
+
+    with no_thread_left():
+        results = run(Engine(Wrong()), [waveform_job(noise(3 * RATE), key=str(i)) for i in range(5)])
+    assert [(result.stage, type(result.error)) for result in results.values()] == [
+        ("separate", ValueError)
+    ] * 5
+
+
+@pytest.mark.parametrize("ahead", [0.0, 0.5, 3.0])
+def test_memory_is_bounded_by_the_seconds_ahead(ahead: float) -> None:
+    """However slow the sink, the decoder stays near; the bound smaller than a window does not stall it."""
+    decoded = written = furthest = 0
+
+    class Counted(Waveform):
+        def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+            nonlocal decoded, furthest
+            for block in super().blocks():
+                decoded += len(block[0])
+                furthest = max(furthest, decoded - written)
+                yield block
+
+    class Slow(Collector):
+        def write(self, mixture: np.ndarray, target: np.ndarray | None, stem: np.ndarray) -> None:
+            nonlocal written
+            time.sleep(0.001)
+            super().write(mixture, target, stem)
+            written += len(stem)
+
+    job = Job("a", lambda: Counted(noise(60 * RATE), RATE), CONDITION, Slow)
+    engine = Engine(Identity(), hop_seconds=1.0, batch_windows=2, ahead_seconds=ahead)
+    run(engine, [job])
+    assert written == 60 * RATE
+    # Besides the bound: a window being cut, one waiting for its turn, a block, and a batch being filled.
+    assert furthest <= (ahead + 3 + engine.batch_windows) * RATE
+
+
+def test_results_arrive_before_all_jobs_are_read() -> None:
+    taken = 0
+
+    def jobs() -> Iterator[Job]:
+        nonlocal taken
+        for i in range(200):
+            taken += 1
+            yield waveform_job(noise(RATE), key=str(i))
+
+    results = Engine(Identity(), ahead_seconds=5.0).run(jobs())
+    first = next(results)
+    assert first.error is None
+    assert taken < 60
+    with no_thread_left():
+        assert len(list(results)) == 199
+
+
+def test_closing_the_iterator_ends_the_threads_and_aborts_the_sinks() -> None:
+    sinks: list[Collector] = []
+
+    def sink(source: Any) -> Collector:
+        sinks.append(Collector(source))
+        return sinks[-1]
+
+    def endless() -> Iterator[Job]:
+        yield Job("short", lambda: Waveform(noise(RATE), RATE), CONDITION, sink)
+        i = 0
+        while True:
+            i += 1
+            yield Job(str(i), lambda: Waveform(noise(30 * RATE), RATE), CONDITION, sink)
+
+    with no_thread_left():
+        results = Engine(Identity(), ahead_seconds=20.0).run(endless())
+        assert next(results).key == "short"
+        results.close()
+    assert len(sinks) > 1
+    assert all(sink.closed + sink.aborted == 1 for sink in sinks)
+
+
+def test_an_exception_of_the_jobs_themselves_is_raised() -> None:
+    def jobs() -> Iterator[Job]:
+        yield waveform_job(noise(RATE))
+        raise KeyError("manifest")
+
+    with no_thread_left(), pytest.raises(KeyError, match="manifest"):
+        list(Engine(Identity()).run(jobs()))
+
+
+def test_no_jobs_no_results() -> None:
+    with no_thread_left():
+        assert list(Engine(Identity()).run([])) == []
+
+
+def test_progress_ends_with_the_seconds_of_audio() -> None:
+    seen: list[float] = []
+    jobs = [waveform_job(noise(3 * RATE, 2, i), key=str(i)) for i in range(4)]
+    list(Engine(Identity(), batch_windows=2).run(jobs, seen.append))
+    assert seen == sorted(seen)
+    assert len(seen) > 1
+    assert seen[-1] == pytest.approx(12)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"hop_seconds": 0},
+        {"hop_seconds": 1.5},
+        {"batch_windows": 0},
+        {"decode_threads": 0},
+        {"encode_threads": -1},
+    ],
+)
+def test_settings_out_of_range_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Engine(Identity(), **setting)
+
+
+def test_no_samples_is_an_error() -> None:
+    assert isinstance(run(Engine(Identity()), [waveform_job(noise(0))])["a"].error, AudioError)
