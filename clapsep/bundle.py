@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import torch
@@ -86,6 +86,15 @@ class Bundle:
         )
 
 
+class VerifiedBundle(NamedTuple):
+    """A bundle whose files are what its card says: where they lie on this machine, and what they describe."""
+
+    folder: Path
+    digest: str
+    config: ModelConfig
+    card: dict[str, Any]
+
+
 def load(
     uri: str | None = None, device: str | torch.device = "cpu", *, allow_unfamiliar: bool = False
 ) -> Bundle:
@@ -100,15 +109,7 @@ def load(
     Raises:
         BundleError: a file is missing, unreadable or not the one that the card describes.
     """
-    folder, card = _local_folder(uri)
-    digest = _verify(folder, card)
-    try:
-        config = ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
-    except (KeyError, TypeError, ValueError) as error:
-        raise BundleError(
-            f"{folder / CONFIG_FILE}: not a configuration this version knows ({error!r}); "
-            "use the clapsep version that wrote the bundle, or convert it again"
-        ) from error
+    folder, digest, config, card = verify(uri)
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
     device = torch.device(device)
     # Half-precision storage is upcast once, before sharing, so that both models still share memory.
@@ -130,6 +131,23 @@ def load(
         module.to(device).eval().requires_grad_(False)
     size = sum((folder / name).stat().st_size for name in (*HASHED_FILES, CARD_FILE))
     return Bundle(model, clap, tokenizer, config, card, digest, size, device, allow_unfamiliar)
+
+
+def verify(uri: str | None = None) -> VerifiedBundle:
+    """Check a bundle's files without loading its weights; a remote bundle is fetched as `load` does.
+
+    Raises BundleError.
+    """
+    folder, card = _local_folder(uri)
+    digest = _verify(folder, card)
+    try:
+        config = ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(
+            f"{folder / CONFIG_FILE}: not a configuration this version knows ({error!r}); "
+            "use the clapsep version that wrote the bundle, or convert it again"
+        ) from error
+    return VerifiedBundle(folder, digest, config, card)
 
 
 def save(

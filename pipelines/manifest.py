@@ -40,9 +40,13 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Slice:
-    """Part of a manifest that one worker reads: a file, a Parquet row group, or some audio files."""
+    """Part of a manifest that one worker reads: a file, a Parquet row group, or some audio files.
+
+    `name` is the file's path below the folder or the first wildcard of the manifest's URI.
+    """
 
     uri: str
+    name: str
     kind: str
     first_number: int = 1
     row_group: int | None = None
@@ -95,7 +99,7 @@ def open_manifest(uri: str) -> Manifest:
         )
     if not tables and not audio:
         raise ManifestError(f"{uri}: no manifest or audio file in it")
-    survey = _survey_audio(uri, audio) if audio else _survey_tables(tables, kinds)
+    survey = _survey_audio(uri, audio) if audio else _survey_tables(uri, tables, kinds)
     slices, rows, digest, carried = survey
     if rows == 0:
         raise ManifestError(f"{uri}: holds no rows")
@@ -106,8 +110,8 @@ def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
     """(row number, record) of every row of a slice. Numbers count from 1 within a manifest file."""
     if part.kind == "audio":
         root = _root(part.uri)
-        for number, name in enumerate(part.audio, part.first_number):
-            yield number, {"id": name.removeprefix(root).lstrip("/"), "mixture": name}
+        for number, uri in enumerate(part.audio, part.first_number):
+            yield number, {"id": _below(root, uri), "mixture": uri}
     elif part.kind == "parquet":
         with _open(part.uri) as file:
             table = pq.ParquetFile(file).read_row_group(part.row_group)
@@ -120,24 +124,29 @@ def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
 
 def _survey_audio(uri: str, names: list[str]) -> tuple[list[Slice], int, str, set[str]]:
     slices = [
-        Slice(uri, "audio", first + 1, audio=tuple(names[first : first + AUDIO_SLICE]))
+        Slice(uri, "", "audio", first + 1, audio=tuple(names[first : first + AUDIO_SLICE]))
         for first in range(0, len(names), AUDIO_SLICE)
     ]
     return slices, len(names), hashlib.sha256("\n".join(names).encode()).hexdigest(), set()
 
 
-def _survey_tables(names: list[str], kinds: dict[str, str | None]) -> tuple[list[Slice], int, str, set[str]]:
+def _survey_tables(
+    uri: str, names: list[str], kinds: dict[str, str | None]
+) -> tuple[list[Slice], int, str, set[str]]:
     slices: list[Slice] = []
     carried: set[str] = set()
     total = hashlib.sha256()
     rows = 0
+    root = _root(uri)
     for name in names:
         hasher = hashlib.sha256()
         try:
             if kinds[name] == "parquet":
-                parts, count, columns = _survey_parquet(name, hasher)
+                parts, count, columns = _survey_parquet(name, root, hasher)
             else:
-                parts, count, columns = _survey_text(Slice(name, str(kinds[name])), hasher)
+                parts, count, columns = _survey_text(
+                    Slice(name, _below(root, name), str(kinds[name])), hasher
+                )
         except (UnicodeDecodeError, csv.Error, EOFError, zlib.error, OSError, pa.ArrowException) as error:
             raise ManifestError(
                 f"{name}: cannot be parsed as {kinds[name]} ({' '.join(str(error).split())}); "
@@ -146,11 +155,11 @@ def _survey_tables(names: list[str], kinds: dict[str, str | None]) -> tuple[list
         slices += parts
         rows += count
         carried |= columns - set(COLUMNS)
-        total.update(f"{_base(name)} {hasher.hexdigest()}\n".encode())
+        total.update(f"{_below(root, name)} {hasher.hexdigest()}\n".encode())
     return slices, rows, total.hexdigest(), carried
 
 
-def _survey_parquet(name: str, hasher: Any) -> tuple[list[Slice], int, set[str]]:
+def _survey_parquet(name: str, root: str, hasher: Any) -> tuple[list[Slice], int, set[str]]:
     with _open(name) as file:
         while block := file.read(1 << 20):
             hasher.update(block)
@@ -160,7 +169,7 @@ def _survey_parquet(name: str, hasher: Any) -> tuple[list[Slice], int, set[str]]
         _require_known(name, columns)
         slices, rows = [], 0
         for group in range(parquet.num_row_groups):
-            slices.append(Slice(name, "parquet", rows + 1, row_group=group))
+            slices.append(Slice(name, _below(root, name), "parquet", rows + 1, row_group=group))
             rows += parquet.metadata.row_group(group).num_rows
     return slices, rows, columns
 
@@ -265,6 +274,10 @@ def _root(uri: str) -> str:
         wildcard = min((path.index(character) for character in "*?[" if character in path), default=len(path))
         root = storage.parent(path[:wildcard])
     return root if storage.is_local(filesystem) else filesystem.unstrip_protocol(root)
+
+
+def _below(root: str, uri: str) -> str:
+    return uri.removeprefix(root).lstrip("/")
 
 
 def _base(name: str) -> str:

@@ -13,7 +13,8 @@ from typing import Any
 from pipelines import storage
 
 QUERY_COLUMNS = ("positive_text", "negative_text", "positive_audio", "negative_audio")
-COLUMNS = ("id", "mixture", *QUERY_COLUMNS, "target", "interference", "snr_db", "start", "duration")
+SOURCE_COLUMNS = ("mixture", "target", "interference", "snr_db", "start", "duration")
+COLUMNS = ("id", *SOURCE_COLUMNS, *QUERY_COLUMNS)
 # Long enough that ten million digests collide with a chance of one in 10^10.
 DIGEST_DIGITS = 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,12 +38,13 @@ class RowError:
 class Row:
     """One separation job as the manifest states it, or, where `error` is set, one that cannot be.
 
-    `number` counts the rows of a manifest file from 1. `key` identifies this row of this file with these
-    contents: a repaired row has a new one. URIs are absolute or relative to the working directory.
+    `number` counts the rows of a manifest file from 1. `digest` is that of the contents, `key` that of
+    contents and place: a repaired row has new ones. URIs are absolute or relative to the working directory.
     """
 
     manifest: str
     number: int
+    digest: str
     key: str
     id: str
     mixture: str | None = None
@@ -87,21 +89,24 @@ def parse_row(
     *,
     manifest: str,
     number: int,
+    name: str | None = None,
     positive: tuple[str, ...] = (),
     negative: tuple[str, ...] = (),
 ) -> Row:
     """Validate one record of a manifest; never raises.
 
-    `positive` and `negative` are the texts for rows that bring no query of their own. A row without an id
-    gets a digest of its other columns.
+    `name` stays the same where the manifest is moved to another folder (default: its last part). `positive`
+    and `negative` are the texts for rows that bring no query of their own. A row without an id gets a digest
+    of its other columns.
     """
-    name = manifest.rpartition("/")[2]
+    name = name or manifest.rpartition("/")[2]
     if isinstance(record, UnreadableRecord):
-        key = digest([name, number, record.text])
+        contents = digest(record.text)
         error = RowError("manifest", "UnreadableRecord", record.message, printable(record.text))
-        return Row(manifest, number, key, "", error=error)
+        return Row(manifest, number, contents, digest([name, number, contents]), "", error=error)
     filled = {column: value for column, value in record.items() if not _is_missing(value)}
-    row = Row(manifest, number, digest([name, number, filled]), _label(filled))
+    contents = digest(filled)
+    row = Row(manifest, number, contents, digest([name, number, contents]), _label(filled, contents))
     try:
         return _validated(row, filled, positive, negative)
     except _InvalidFieldError as problem:
@@ -114,11 +119,11 @@ def _validated(
 ) -> Row:
     for column, value in filled.items():
         if printable(column) != column or _as_text(value) != _as_text(value, escape=False):
-            raise _InvalidFieldError(
-                column, value, "holds characters that are not Unicode; save the manifest as UTF-8"
-            )
+            raise _InvalidFieldError(column, value, "is not Unicode text; save the manifest as UTF-8")
     folder = storage.parent(row.manifest)
-    identifier = _identifier(filled)
+    identifier = filled.get("id")
+    if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
+        raise _InvalidFieldError("id", identifier, f"must be text, not {type(identifier).__name__}")
     uris = {column: _uri(filled, column, folder) for column in ("mixture", "target", "interference")}
     if not uris["mixture"] and not (uris["target"] and uris["interference"]):
         have = "target without interference" if uris["target"] else "neither mixture nor target"
@@ -139,7 +144,6 @@ def _validated(
         )
     return replace(
         row,
-        id=identifier,
         **uris,
         snr_db=_number(filled, "snr_db"),
         start=_number(filled, "start", at_least=0.0),
@@ -153,6 +157,15 @@ def duplicate_of(row: Row, first: Row) -> Row:
     """`row` as an error row, because `first` comes earlier and has its id."""
     message = f"id: row {first.number} of {first.manifest} has this id and runs; give every row its own"
     return row.fail(RowError("manifest", "DuplicateId", message, row.id))
+
+
+def conflict_with_committed(row: Row) -> Row:
+    """`row` as an error row, because the output holds a stem of its id that was made from other contents."""
+    message = (
+        "id: the output already holds a row of this id with other contents; give the changed row a new id, "
+        "or use another --output"
+    )
+    return row.fail(RowError("manifest", "ChangedRow", message, row.id))
 
 
 def file_name(identifier: str) -> str:
@@ -181,19 +194,9 @@ def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, list | tuple) and not value)
 
 
-def _label(filled: Mapping[str, Any]) -> str:
-    """The id of a row that may be invalid, for the errors table."""
+def _label(filled: Mapping[str, Any], contents: str) -> str:
     value = filled.get("id")
-    if value is None:
-        return digest(filled)
-    return _as_text(value)
-
-
-def _identifier(filled: Mapping[str, Any]) -> str:
-    value = filled.get("id")
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
-        raise _InvalidFieldError("id", value, f"must be text, not {type(value).__name__}")
-    return _label(filled)
+    return contents if value is None else _as_text(value)
 
 
 def _uri(filled: Mapping[str, Any], column: str, folder: str) -> str | None:

@@ -25,7 +25,7 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     except Exception as error:
         # fsspec and the drivers raise ValueError, ImportError and their clients' own errors.
         raise StorageError(
-            f"{uri}: cannot be reached ({_line(error)}); check the scheme and the credentials in the environment"
+            f"{uri}: cannot be reached ({_line(error)}); check its scheme and your credentials"
         ) from error
 
 
@@ -53,6 +53,7 @@ def exists(uri: str) -> bool:
     """Whether an object or a folder is there. Raises StorageError when that cannot be known."""
     filesystem, path = open_filesystem(uri)
     try:
+        filesystem.invalidate_cache()
         return bool(filesystem.exists(path))
     except Exception as error:
         raise StorageError(f"{uri}: cannot be looked up ({_line(error)})") from error
@@ -94,6 +95,8 @@ def list_files(uri: str) -> list[str]:
     """
     filesystem, path = open_filesystem(uri)
     try:
+        # Drivers keep listings, which know nothing of what other processes wrote since.
+        filesystem.invalidate_cache()
         if filesystem.isfile(path):
             return [uri]
         if filesystem.isdir(path):

@@ -174,8 +174,8 @@ GOOD = {"id": "a", "mixture": "a.wav", "positive_text": "dog"}
         ({"duration": "nan"}, "finite"),
         ({"snr_db": float("inf")}, "finite"),
         ({"snr_db": False}, "is not a number"),
-        ({"note": "\ud800"}, "not Unicode"),
-        ({"\udcff": "x"}, "not Unicode"),
+        ({"note": "\ud800"}, "is not Unicode text"),
+        ({"\udcff": "x"}, "is not Unicode text"),
     ],
 )
 def test_an_invalid_field_is_named(change, message):

@@ -1,0 +1,109 @@
+"""`run.json`: what made an output, so that a later run on it does the same or is refused."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from clapsep import __version__
+from pipelines import storage
+from pipelines.manifest import Manifest
+from pipelines.options import Plan
+
+RUN_FILE = "run.json"
+FORMAT = 1
+_LIBRARIES = ("apache-beam", "numpy", "pyarrow", "soundfile", "soxr", "torch")
+
+
+class RunError(ValueError):
+    """An output that this run may not add to; one line that names the difference and the fix."""
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """What `run.json` of an output says."""
+
+    output: str
+    facts: Mapping[str, Any]
+
+    @property
+    def shards(self) -> int:
+        """The number of shards, which holds for every run on this output."""
+        return self.facts["shards"]
+
+    @property
+    def carried(self) -> tuple[str, ...]:
+        """Manifest columns that are in the metrics table."""
+        return tuple(self.facts["carried"])
+
+    @property
+    def manifests(self) -> tuple[str, ...]:
+        """Digests of all manifests that were run on this output."""
+        return tuple(self.facts["manifests"])
+
+    def check(self, plan: Plan) -> None:
+        """Raises RunError where `plan` would give other results, naming every difference."""
+        then = {**self.facts["settings"], "model": self.facts["bundle"]["digest"], "num_shards": self.shards}
+        now = {**plan.settings.to_dict(), "model": plan.bundle_digest, "num_shards": plan.shards}
+        differences = [
+            f"{name} was {_short(then.get(name))} and is {_short(now.get(name))}"
+            for name in {**then, **now}
+            if then.get(name) != now.get(name)
+        ]
+        if differences:
+            raise RunError(
+                f"{self.output} holds a run with other settings: {'; '.join(differences)}; "
+                "use those again, or another --output"
+            )
+
+
+def read_run(output: str) -> EarlierRun | None:
+    """The run that an output holds; None where there is none.
+
+    Raises RunError for a `run.json` that is not ours, StorageError when it cannot be read.
+    """
+    uri = storage.join(output, RUN_FILE)
+    if not storage.exists(uri):
+        return None
+    try:
+        facts = json.loads(storage.read_bytes(uri))
+        if facts["format"] != FORMAT:
+            raise ValueError(f"format {facts['format']}")
+        return EarlierRun(output, facts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{uri}: not written by this version ({error!r}); use another --output") from error
+
+
+def write_run(
+    plan: Plan,
+    manifest: Manifest,
+    card: Mapping[str, Any],
+    earlier: EarlierRun | None,
+    counts: Mapping[str, int] | None = None,
+) -> None:
+    """Write `run.json`; without `counts` it says that the run has not ended. Raises StorageError."""
+    facts = {
+        "format": FORMAT,
+        "settings": plan.settings.to_dict(),
+        "settings_digest": plan.settings_digest,
+        "shards": plan.shards,
+        "carried": list(plan.carried),
+        "bundle": {"uri": plan.bundle, "name": card.get("name"), "digest": plan.bundle_digest},
+        "manifest": {"uri": manifest.uri, "digest": manifest.digest, "rows": manifest.rows},
+        "manifests": sorted({manifest.digest, *(earlier.manifests if earlier else ())}),
+        "counts": counts,
+        "versions": {
+            "clapsep": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+        },
+    }
+    storage.write_bytes(storage.join(plan.output, RUN_FILE), (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else json.dumps(value)
