@@ -194,8 +194,8 @@ def read_tokenizer(path: str, config: ModelConfig) -> Tokenizer:
         else:
             raise FileNotFoundError(
                 "no tokenizer.json, nor vocab.json and merges.txt; they are RoBERTa's and come with the "
-                "model `roberta-base`: download these files from where it is published, or on a machine that has "
-                "transformers run AutoTokenizer.from_pretrained('roberta-base').save_pretrained(FOLDER)"
+                "model `roberta-base`: download these files from where it is published, or on a machine that "
+                "has transformers run AutoTokenizer.from_pretrained('roberta-base').save_pretrained(FOLDER)"
             )
     except Exception as error:
         # tokenizers raises bare Exception for a file it cannot parse.
@@ -213,7 +213,8 @@ def read_tokenizer(path: str, config: ModelConfig) -> Tokenizer:
     if marks != SPECIAL_TOKENS or highest >= config.text.vocabulary or (ids[0], ids[-1]) != (0, 2):
         raise ConvertError(
             f"{path}: not RoBERTa's tokenizer: special tokens {marks}, highest id {highest}, "
-            f"'a' becomes {ids}; expected {SPECIAL_TOKENS}, ids below {config.text.vocabulary}, and 0 … 2 around the text"
+            f"'a' becomes {ids}; expected {SPECIAL_TOKENS}, ids below {config.text.vocabulary}, "
+            "and 0 … 2 around the text"
         )
     return tokenizer
 
