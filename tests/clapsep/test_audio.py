@@ -1,0 +1,500 @@
+"""Decoding, encoding and resampling of real files."""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from fsspec import AbstractFileSystem
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clapsep import audio
+from clapsep.audio import AudioError, AudioWriter, Recording, StreamResampler
+
+RATE = 22050
+PROPERTY = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+FORMATS = [
+    ("wav", "WAV", "PCM_U8"),
+    ("wav", "WAV", "PCM_16"),
+    ("wav", "WAV", "PCM_24"),
+    ("wav", "WAV", "PCM_32"),
+    ("wav", "WAV", "FLOAT"),
+    ("wav", "WAV", "DOUBLE"),
+    ("wav", "WAV", "ULAW"),
+    ("wav", "WAV", "IMA_ADPCM"),
+    ("wav", "RF64", "PCM_16"),
+    ("w64", "W64", "PCM_16"),
+    ("aiff", "AIFF", "PCM_16"),
+    ("au", "AU", "PCM_16"),
+    ("caf", "CAF", "PCM_16"),
+    ("flac", "FLAC", "PCM_16"),
+    ("flac", "FLAC", "PCM_24"),
+    ("ogg", "OGG", "VORBIS"),
+    ("mp3", "MP3", "MPEG_LAYER_III"),
+    ("flac", "WAV", "PCM_16"),
+    ("", "OGG", "VORBIS"),
+]
+
+
+def noise(frames: int, channels: int = 1, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).standard_normal((frames, channels)) * 0.2).astype(np.float32)
+
+
+def read(uri: Any, **segment: Any) -> np.ndarray:
+    with Recording(uri, **segment) as recording:
+        blocks = [mixture for mixture, _ in recording.blocks()]
+        samples = np.concatenate(blocks)
+        assert samples.shape == (recording.frames, recording.channels)
+        assert samples.dtype == np.float32
+        assert max(len(block) for block in blocks) <= recording.sample_rate
+        assert max(block.size for block in blocks) <= max(1 << 18, recording.channels)
+    return samples
+
+
+def write(uri: Any, samples: np.ndarray, sample_rate: int = RATE) -> AudioWriter:
+    with AudioWriter(str(uri), sample_rate, samples.shape[1]) as writer:
+        for i in range(0, len(samples), 10_000):
+            writer.write(samples[i : i + 10_000])
+    return writer
+
+
+@pytest.fixture
+def wav(tmp_path: Path) -> Path:
+    path = tmp_path / "recording.wav"
+    soundfile.write(path, noise(50_000, 2), RATE, subtype="FLOAT")
+    return path
+
+
+@pytest.mark.parametrize(("extension", "container", "encoding"), FORMATS)
+def test_every_format_is_read_as_soundfile_reads_it(
+    tmp_path: Path, extension: str, container: str, encoding: str
+) -> None:
+    path = tmp_path / f"recording.{extension}"
+    soundfile.write(path, noise(60_001, 2), RATE, format=container, subtype=encoding)
+    expected, _ = soundfile.read(path, dtype="float32", always_2d=True)
+    assert len(expected) >= 60_001
+    # After a seek, which soundfile makes after every read, mpg123 may round the last bit the other way.
+    error = 2.0**-23 if container == "MP3" else 0.0
+    np.testing.assert_allclose(read(str(path)), expected, rtol=0, atol=error)
+    memory = f"memory://recordings/{extension}/{container}.{encoding}"
+    with fsspec.open(memory, "wb") as file:
+        file.write(path.read_bytes())
+    np.testing.assert_array_equal(read(memory), read(str(path)))
+
+
+@settings(PROPERTY, max_examples=40)
+@given(
+    rate=st.one_of(st.integers(8000, 192_000), st.sampled_from([1, 100, 384_000, 768_000])),
+    channels=st.one_of(st.integers(1, 8), st.sampled_from([64, 300])),
+    frames=st.integers(1, 30_000),
+    seed=st.integers(0, 99),
+)
+def test_any_rate_channel_count_and_length_survives_writing_and_reading(
+    tmp_path: Path, rate: int, channels: int, frames: int, seed: int
+) -> None:
+    samples = noise(frames, channels, seed)
+    for extension, error in ((".wav", 0.0), (".w64", 0.0), (".flac", 2.0**-23)):
+        if extension == ".flac" and (channels > 8 or rate > 655350 or (rate > 65535 and rate % 10)):
+            continue
+        path = str(tmp_path / f"any{extension}")
+        write(path, samples, rate)
+        with Recording(path) as recording:
+            assert recording.sample_rate == rate
+        np.testing.assert_allclose(read(path), samples, rtol=0, atol=error)
+
+
+@pytest.mark.parametrize("scheme", ["{path}", "file://{path}", "memory://{path}"])
+def test_places(tmp_path: Path, scheme: str) -> None:
+    uri = scheme.format(path=tmp_path / "new folder" / "a, b #1.flac")
+    writer = AudioWriter(uri, RATE, 2)
+    writer.write(noise(20_000, 2))
+    filesystem, path = fsspec.core.url_to_fs(uri)
+    assert not filesystem.exists(path)
+    writer.close()
+    np.testing.assert_allclose(read(uri), noise(20_000, 2), rtol=0, atol=2.0**-23)
+    assert [Path(name).name for name in filesystem.ls(os.path.dirname(path), detail=False)] == [
+        "a, b #1.flac"
+    ]
+
+
+def test_several_passes_are_equal(wav: Path) -> None:
+    with Recording(str(wav), start=0.1) as recording:
+        first = [mixture for mixture, _ in recording.blocks()]
+        again = [mixture for mixture, _ in recording.blocks()]
+    assert len(first) > 1
+    np.testing.assert_array_equal(np.concatenate(first), np.concatenate(again))
+
+
+@settings(PROPERTY, max_examples=60)
+@given(start=st.floats(0, 2.5), duration=st.one_of(st.none(), st.floats(0, 2.5)))
+def test_segments_are_whole_samples_of_the_file_or_an_error(
+    wav: Path, start: float, duration: float | None
+) -> None:
+    whole = noise(50_000, 2)
+    first = round(start * RATE)
+    frames = 50_000 - first if duration is None else round(duration * RATE)
+    if 0 < frames <= 50_000 - first:
+        np.testing.assert_array_equal(
+            read(str(wav), start=start, duration=duration), whole[first : first + frames]
+        )
+    else:
+        with pytest.raises(AudioError, match=r"50000 samples \(2\.267574 s at 22050 Hz\)"):
+            read(str(wav), start=start, duration=duration)
+
+
+def test_duration_past_the_end_is_named(wav: Path) -> None:
+    with pytest.raises(
+        AudioError, match=r"duration=9\.0 s ends at sample 209475.*recording\.wav.*leave it out"
+    ):
+        read(str(wav), start=0.5, duration=9.0)
+
+
+@pytest.mark.parametrize(
+    "segment", [{"start": -0.1}, {"start": float("nan")}, {"duration": -1.0}, {"duration": float("inf")}]
+)
+def test_impossible_segments(wav: Path, segment: dict[str, float]) -> None:
+    with pytest.raises(AudioError, match=next(iter(segment))):
+        read(str(wav), **segment)
+
+
+def test_target_is_cut_with_the_mixture(wav: Path) -> None:
+    target = wav.with_name("target.flac")
+    write(target, noise(50_000, 2, seed=1))
+    with Recording(str(wav), 0.25, 1.5, target=str(target)) as recording:
+        pairs = list(recording.blocks())
+    first, last = round(0.25 * RATE), round(0.25 * RATE) + round(1.5 * RATE)
+    np.testing.assert_array_equal(
+        np.concatenate([mixture for mixture, _ in pairs]), noise(50_000, 2)[first:last]
+    )
+    np.testing.assert_allclose(
+        np.concatenate([block for _, block in pairs]), noise(50_000, 2, seed=1)[first:last], atol=2.0**-23
+    )
+
+
+@pytest.mark.parametrize(
+    ("frames", "channels", "rate", "what"),
+    [
+        (49_999, 2, RATE, "frames 49999"),
+        (50_000, 1, RATE, "channels 1"),
+        (50_000, 2, 16000, "sample_rate 16000"),
+    ],
+)
+def test_target_that_does_not_fit(wav: Path, frames: int, channels: int, rate: int, what: str) -> None:
+    target = wav.with_name("target.flac")
+    write(target, noise(frames, channels), rate)
+    with pytest.raises(AudioError, match=f"target.flac.*{what}.*recording.wav.*"):
+        read(str(wav), target=str(target))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_located(wav: Path, value: float) -> None:
+    samples = noise(50_000, 2)
+    samples[44_100, 1] = value
+    soundfile.write(wav, samples, RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"recording\.wav.*sample 44100 \(2\.000000 s\)"):
+        read(str(wav))
+    assert len(read(str(wav), duration=2.0)) == 44_100
+
+
+def bad_files(folder: Path) -> dict[str, tuple[str, str]]:
+    """Name to (path, part of the message)."""
+    good = {}
+    for extension, container, encoding in (
+        ("wav", "WAV", "PCM_16"),
+        ("aiff", "AIFF", "PCM_16"),
+        ("au", "AU", "PCM_16"),
+        ("flac", "FLAC", "PCM_16"),
+    ):
+        buffer = io.BytesIO()
+        soundfile.write(buffer, noise(30_000), RATE, format=container, subtype=encoding)
+        good[extension] = buffer.getvalue()
+    unknown_length = bytearray(good["flac"])
+    # STREAMINFO's total number of samples: the last 36 bits before the MD5.
+    unknown_length[21] &= 0xF0
+    unknown_length[22:26] = bytes(4)
+    soundfile.write(folder / "empty_audio.wav", np.zeros((0, 1), np.float32), RATE)
+    contents = {
+        "nothing.wav": (b"", "not audio"),
+        "text.wav": (b"hello", "not audio"),
+        "page.flac": (b"<html><body>404 Not Found</body></html>" * 50, "not audio"),
+        "no_header.raw": (b"hello" * 100, "cannot be opened"),
+        "cut.wav": (good["wav"][:30_000], "truncated"),
+        "cut.aiff": (good["aiff"][:30_000], "truncated"),
+        "cut.au": (good["au"][:30_000], "truncated"),
+        "cut.flac": (good["flac"][:20_000], "cannot be decoded from sample"),
+        "stream.flac": (bytes(unknown_length), "does not say in its header how long"),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.wav").mkdir()
+    os.mkfifo(folder / "fifo.wav")
+    found = {name: (str(folder / name), message) for name, (_, message) in contents.items()}
+    found |= {name: (str(folder / name), "not a file") for name in ("folder.wav", "fifo.wav")}
+    found["empty_audio.wav"] = str(folder / "empty_audio.wav"), "no samples"
+    for uri in (str(folder / "missing.wav"), "memory://missing.wav", "nul\0.wav"):
+        found[uri] = uri, "does not exist"
+    found["scheme"] = "zz://bucket/a.wav", "Protocol not known: zz"
+    return found
+
+
+def test_what_cannot_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    for uri, message in bad_files(tmp_path).values():
+        with pytest.raises(AudioError, match=message) as raised:
+            read(uri)
+        assert repr(uri) in str(raised.value)
+
+
+def test_a_wav_written_to_a_pipe_is_not_taken_for_truncated(wav: Path) -> None:
+    content = bytearray(wav.read_bytes())
+    data = content.index(b"data")
+    content[4:8] = content[data + 4 : data + 8] = b"\xff\xff\xff\xff"
+    wav.write_bytes(content)
+    np.testing.assert_array_equal(read(str(wav)), noise(50_000, 2))
+
+
+@settings(PROPERTY, max_examples=300)
+@given(st.data())
+def test_damaged_files_are_an_error_or_audio_of_the_promised_length(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    extension, container, encoding = data.draw(st.sampled_from(FORMATS))
+    pristine = tmp_path / f"{container}.{encoding}.{extension}"
+    if not pristine.exists():
+        soundfile.write(pristine, noise(3000, 2), RATE, format=container, subtype=encoding)
+    content = bytearray(pristine.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Half of the damage where the headers are.
+        last = data.draw(st.sampled_from([min(200, len(content) - 1), len(content) - 1]))
+        content[data.draw(st.integers(0, last))] ^= 1 << data.draw(st.integers(0, 7))
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    damaged = tmp_path / f"damaged.{extension}"
+    damaged.write_bytes(content)
+    problem = "damaged"
+    try:
+        with Recording(str(damaged)) as recording:
+            if recording.frames < 100_000:
+                assert sum(len(mixture) for mixture, _ in recording.blocks()) == recording.frames
+    except AudioError as error:
+        problem = str(error)
+    assert "damaged" in problem
+
+
+class FlakyFile(io.BytesIO):
+    def read(self, count: int | None = -1) -> bytes:
+        if self.tell() > 20_000:
+            raise ConnectionError("reset by peer")
+        return super().read(count)
+
+
+class FlakyFileSystem(AbstractFileSystem):
+    """Cannot be read past the first bytes, and stores nothing."""
+
+    protocol = "flaky"
+    content = b""
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> FlakyFile:
+        return FlakyFile(self.content)
+
+    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+        raise ConnectionError("store is down")
+
+
+@pytest.fixture
+def flaky() -> None:
+    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
+
+
+@pytest.mark.usefixtures("flaky")
+def test_a_connection_lost_while_reading_is_said(wav: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FlakyFileSystem, "content", wav.read_bytes())
+    with pytest.raises(
+        AudioError, match=r"flaky://a\.wav.*could not be fetched: ConnectionError: reset by peer"
+    ):
+        read("flaky://a.wav")
+
+
+@pytest.mark.usefixtures("flaky")
+def test_a_failed_upload_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    writer = AudioWriter("flaky://b.flac", RATE, 1)
+    writer.write(noise(1000))
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(AudioError, match=r"flaky://b\.flac.*store is down"):
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extension", ["flac", "wav", "w64"])
+def test_same_samples_same_bytes(tmp_path: Path, extension: str) -> None:
+    paths = [tmp_path / f"{name}.{extension}" for name in "ab"]
+    for path, step in zip(paths, (7919, 30_000), strict=True):
+        with AudioWriter(str(path), RATE, 2) as writer:
+            for i in range(0, 30_000, step):
+                writer.write(noise(30_000, 2)[i : i + step])
+        # libsndfile's PEAK chunk would hold the time of writing.
+        assert b"PEAK" not in path.read_bytes()
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_flac_saturates_and_counts_float_keeps_and_counts(tmp_path: Path) -> None:
+    samples = noise(5000, 2)
+    samples[17, 0], samples[4000] = 1.5, -3.0
+    samples[18, 0], samples[19, 0] = 1.0, -1.0
+    for extension in ("flac", "wav"):
+        writer = write(tmp_path / f"loud.{extension}", samples)
+        assert (writer.clipped, writer.frames) == (3, 5000)
+    np.testing.assert_array_equal(read(str(tmp_path / "loud.wav")), samples)
+    np.testing.assert_allclose(
+        read(str(tmp_path / "loud.flac")), np.clip(samples, -1, 1), rtol=0, atol=2.0**-23
+    )
+
+
+def test_twenty_four_bit_recordings_survive_flac_exactly(tmp_path: Path) -> None:
+    samples = np.round(noise(5000) * 2**23) / np.float32(2**23)
+    write(tmp_path / "exact.flac", samples.astype(np.float32))
+    np.testing.assert_array_equal(read(str(tmp_path / "exact.flac")), samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "channels", "message"),
+    [
+        ("a.flac", RATE, 9, r"9 channels.*write \.wav"),
+        ("a.flac", 655_360, 1, r"655360 Hz.*write \.wav"),
+        ("a.flac", 88_201, 1, r"88201 Hz.*write \.wav"),
+        ("a.mp3", RATE, 1, r"extension of \.flac, \.wav, \.w64"),
+        ("flac", RATE, 1, "extension"),
+        ("a.wav", RATE, 2000, "cannot be written"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(
+    tmp_path: Path, name: str, rate: int, channels: int, message: str
+) -> None:
+    with pytest.raises(AudioError, match=message):
+        AudioWriter(str(tmp_path / name), rate, channels)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wav_stops_at_its_four_gibibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio, "_WAV_LIMIT_BYTES", 100_000)
+    with pytest.raises(AudioError, match=r"4 GiB.*\.flac or \.w64"):
+        write(tmp_path / "long.wav", noise(30_000))
+    assert list(tmp_path.iterdir()) == []
+    write(tmp_path / "long.w64", noise(30_000))
+
+
+def test_abort_keeps_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "stem.flac"
+    write(path, noise(1000))
+    before = path.read_bytes()
+    writer = AudioWriter(str(path), RATE, 1)
+    writer.write(noise(50_000))
+    writer.abort()
+    writer.abort()
+    assert (path.read_bytes(), len(list(tmp_path.iterdir()))) == (before, 1)
+    write(path, noise(2000))
+    assert len(read(str(path))) == 2000
+
+
+def test_an_error_in_the_block_aborts(tmp_path: Path) -> None:
+    def fail(writer: AudioWriter) -> None:
+        with writer:
+            writer.write(noise(100, 3))
+
+    with pytest.raises(ValueError, match=r"\(100, 3\).*2 channels"):
+        fail(AudioWriter(str(tmp_path / "stem.flac"), RATE, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_name_do_not_meet(tmp_path: Path) -> None:
+    path = str(tmp_path / "stem.wav")
+    writers = [AudioWriter(path, RATE, 1) for _ in range(2)]
+    for i in range(10):
+        for seed, writer in enumerate(writers):
+            writer.write(noise(10_000, 1, seed)[1000 * i : 1000 * (i + 1)])
+    for seed, writer in enumerate(writers):
+        writer.close()
+        np.testing.assert_array_equal(read(path), noise(10_000, 1, seed))
+
+
+@pytest.mark.parametrize("extension", ["flac", "wav"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, extension: str) -> None:
+    code = f"""
+import numpy as np
+from clapsep.audio import AudioError, AudioWriter
+try:
+    with AudioWriter({str(tmp_path / "stem.")!r} + {extension!r}, 22050, 1) as writer:
+        for seed in range(20):
+            writer.write((np.random.default_rng(seed).standard_normal((5000, 1)) * 0.2).astype(np.float32))
+except AudioError as error:
+    print(error)
+"""
+
+    def small_disk() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    answer = subprocess.run(
+        [sys.executable, "-c", code], preexec_fn=small_disk, capture_output=True, text=True, check=True
+    )
+    assert f"stem.{extension}' cannot be written" in answer.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@settings(PROPERTY, max_examples=60)
+@given(
+    from_rate=st.integers(8000, 192_000),
+    to_rate=st.sampled_from([8000, 32_000, 48_000]),
+    frames=st.integers(0, 20_000),
+    block=st.integers(1, 6000),
+)
+def test_resampler_does_not_depend_on_the_blocks(
+    from_rate: int, to_rate: int, frames: int, block: int
+) -> None:
+    samples = noise(frames, 2)
+
+    def stream(step: int) -> np.ndarray:
+        resampler = StreamResampler(2, from_rate, to_rate)
+        parts = [resampler.process(samples[i : i + step]) for i in range(0, frames, step)]
+        return np.concatenate([*parts, resampler.finish()])
+
+    output = stream(block)
+    assert abs(len(output) - frames * to_rate / from_rate) <= 1
+    np.testing.assert_array_equal(output, stream(20_000))
+    if frames:
+        whole = soxr.resample(samples, from_rate, to_rate)
+        np.testing.assert_allclose(output, whole[: len(output)], rtol=0, atol=1e-5)
+
+
+def test_equal_rates_pass_through(wav: Path) -> None:
+    resampler = StreamResampler(2, RATE, RATE)
+    samples = noise(1000, 2)
+    assert resampler.process(samples) is samples
+    assert resampler.finish().shape == (0, 2)
+
+
+@pytest.mark.parametrize("make", [lambda: np.zeros((0, 2)), lambda: np.zeros(5)])
+def test_waveform_without_samples_or_channels_is_an_error(make: Callable[[], np.ndarray]) -> None:
+    with pytest.raises(AudioError, match="at least one sample"):
+        audio.Waveform(make(), RATE)
+    with pytest.raises(AudioError, match="sample_rate=0"):
+        audio.Waveform(noise(3), 0)
