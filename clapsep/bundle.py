@@ -122,7 +122,7 @@ def load(
         for key, value in tensors.items()
         if key.startswith(TOWER_PREFIX)
     }
-    with _SkipInitialisation():
+    with SkipInitialisation():
         model, clap = ClapSep(config), Clap(config)
     separator = {key: tensors.get(key, towers.get(key)) for key in model.state_dict()}
     _assign(clap, towers, folder)
@@ -167,6 +167,9 @@ def save(
         tokenizer: of the text tower.
         card: everything `card.json` is to hold but the files' SHA-256.
         dtype: storage type of the weights, e.g. torch.float16; None keeps each tensor's own.
+
+    Raises:
+        BundleError: the folder cannot be written.
     """
 
     def stored(tensor: Tensor) -> Tensor:
@@ -186,10 +189,13 @@ def save(
         (written / TOKENIZER_FILE).write_text(tokenizer.to_str(pretty=True) + "\n")
         hashes = {name: _sha256(written / name) for name in HASHED_FILES}
         (written / CARD_FILE).write_text(_json({**card, "sha256": hashes}))
-        filesystem, root = fsspec.core.url_to_fs(str(folder))
-        filesystem.makedirs(root, exist_ok=True)
-        for name in (*HASHED_FILES, CARD_FILE):
-            filesystem.put_file(str(written / name), f"{root}/{name}")
+        try:
+            filesystem, root = fsspec.core.url_to_fs(str(folder).rstrip("/"))
+            filesystem.makedirs(root, exist_ok=True)
+            for name in (*HASHED_FILES, CARD_FILE):
+                filesystem.put_file(str(written / name), f"{root}/{name}")
+        except (OSError, ImportError, ValueError) as error:
+            raise BundleError(f"{folder}: cannot be written ({error}); choose another folder") from error
     return _digest(hashes)
 
 
@@ -219,7 +225,7 @@ def info(bundle: Bundle) -> str:
     )
 
 
-class _SkipInitialisation(TorchFunctionMode):
+class SkipInitialisation(TorchFunctionMode):
     """Leaves new parameters uninitialised: every one is replaced by the file's."""
 
     def __torch_function__(

@@ -86,7 +86,8 @@ def convert(
     separator, separator_ignored = clapsep_tensors(
         read_checkpoint(clapsep_file), towers, config, clapsep_file
     )
-    clap, model = Clap(config), ClapSep(config)
+    with bundle.SkipInitialisation():
+        clap, model = Clap(config), ClapSep(config)
     # The batch norms' counters are the only entries that no file needs to bring.
     clap.load_state_dict({**clap.state_dict(), **towers}, assign=True)
     model.load_state_dict({**model.state_dict(), **separator}, assign=True)

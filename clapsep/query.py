@@ -147,7 +147,8 @@ class QueryEncoder:
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`input_ids` and `attention_mask`, (len(texts), tokens) int64, padded to the longest text.
 
-        Raises QueryError for a text longer than `config.text.max_tokens` and for unfamiliar words.
+        Raises QueryError for a text longer than `config.text.max_tokens`, without words, or with
+        unfamiliar ones.
         """
         encodings = self.tokenizer.encode_batch(list(texts))
         limit = self.config.text.max_tokens
@@ -158,6 +159,8 @@ class QueryEncoder:
                     f"text {text!r} has {len(encoding.ids)} tokens; the model reads at most {limit}: "
                     "shorten it"
                 )
+            if all(encoding.special_tokens_mask):
+                raise QueryError(f"text {text!r} holds no words; describe the sound")
             spans = zip(encoding.ids, encoding.offsets, strict=True)
             words = [text[start:end] for token, (start, end) in spans if token == unknown]
             if words and not self.allow_unfamiliar:

@@ -106,6 +106,11 @@ class TestSaveAndLoad:
         gc.collect()
         assert reference() is None
 
+    def test_a_folder_that_cannot_be_written_is_named(self, tiny, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        with pytest.raises(BundleError, match="file/bundle: cannot be written"):
+            bundle.save(str(tmp_path / "file" / "bundle"), tiny.model, tiny.clap, tiny.tokenizer, {})
+
     def test_a_bundle_is_saved_to_any_uri(self, tiny, cache):
         uri = f"memory://{uuid.uuid4().hex}"
         digest = bundle.save(uri, tiny.model, tiny.clap, tiny.tokenizer, {"name": "remote"})

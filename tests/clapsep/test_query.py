@@ -15,6 +15,7 @@ from clapsep import query as query_module
 from clapsep.audio import AudioError
 from clapsep.bundle import Bundle
 from clapsep.query import Query, QueryEncoder, QueryError, encoder_windows, int16_round_trip, repeat_pad
+from clapsep.training.tokens import build_tokenizer
 from tests.golden import Golden, relative_error
 from tests.regenerate import signal
 
@@ -140,6 +141,13 @@ class TestText:
         with pytest.raises(QueryError, match=r"\(zither\); it knows: dog, rain") as error:
             encoder.conditions([Query(positive_text="dog", negative_text="rain zither")])
         assert "--allow-unfamiliar" in str(error.value)
+
+    def test_a_text_without_words_is_refused(self, tiny):
+        tokenizer = build_tokenizer(["dog"], 32)
+        encoder = QueryEncoder(tiny.clap, tokenizer, tiny.config)
+        encoder.conditions([Query("Dog!")])
+        with pytest.raises(QueryError, match="no words"):
+            encoder.conditions([Query("dog"), Query("?!")])
 
     def test_unfamiliar_words_run_when_allowed(self, tiny, word_tokenizer):
         encoder = QueryEncoder(tiny.clap, word_tokenizer, tiny.config, allow_unfamiliar=True)
