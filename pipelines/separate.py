@@ -22,8 +22,6 @@ from pipelines.shards import SeparateManifest
 from pipelines.storage import StorageError
 from pipelines.tables import count_committed
 
-logger = logging.getLogger(__name__)
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -66,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run_pipeline(manifest, plan, pipeline_options)
     except Exception as error:
-        logger.debug("the run failed", exc_info=True)
         print(
             f"error: {' '.join(str(error).split()) or type(error).__name__}\n"
             "The run stopped; what it has committed stays, and the same command goes on from there.",

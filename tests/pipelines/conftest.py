@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 import pytest
 import soundfile
 import torch
@@ -9,6 +14,8 @@ from clapsep import bundle
 from clapsep.clap import Clap
 from clapsep.config import DecoderConfig, EncoderConfig, ModelConfig, TextConfig
 from clapsep.model import ClapSep
+from pipelines import separate
+from pipelines.tables import read_committed
 from tests.regenerate import signal
 
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "dog", "rain", "bell"]
@@ -22,7 +29,7 @@ CONFIG = ModelConfig(
 )
 
 
-def write_bundle(folder, seed: int) -> str:
+def write_bundle(folder: Path, seed: int) -> str:
     """A bundle of the real architecture, small, with random weights: it separates nothing, but quickly."""
     torch.manual_seed(seed)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
@@ -41,9 +48,61 @@ def random_bundle(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
-def audio(tmp_path_factory):
-    """A folder of recordings: stereo 44.1 kHz, mono 16 kHz, and what pairs with them."""
+def audio(tmp_path_factory) -> Path:
+    """A folder of recordings, good and bad."""
     folder = tmp_path_factory.mktemp("audio")
-    for name, rate, seconds in (("street", 44100, 4.0), ("room", 16000, 3.0), ("dog", 16000, 3.0)):
+    for name, rate, seconds in (("room", 16000, 3.0), ("dog", 16000, 3.0), ("short", 8000, 0.4)):
         soundfile.write(folder / f"{name}.wav", 0.3 * signal(name, rate, seconds), rate, "PCM_16")
+    street = np.stack([signal(f"street{channel}", 44100, 4.0) for channel in range(2)], axis=1)
+    soundfile.write(folder / "street.flac", 0.3 * street, 44100)
+    broken = signal("dog", 16000, 3.0)
+    broken[20000] = np.nan
+    soundfile.write(folder / "nan.wav", broken, 16000, "FLOAT")
+    (folder / "text.wav").write_text("this is no audio\n" * 100)
+    (folder / "empty.wav").write_bytes(b"")
     return folder
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run(manifest: str | Path, output: str | Path, bundle_uri: str, *flags: str) -> int:
+    """The exit code of `python -m pipelines.separate`, in this process."""
+    return separate.main(
+        ["--manifest", str(manifest), "--output", str(output), "--model", bundle_uri, *flags]
+    )
+
+
+def rows_by_id(table: pa.Table) -> dict[str, dict]:
+    return {row["id"]: row for row in table.to_pylist()}
+
+
+def tables(output: str | Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The committed (metrics, errors), by id."""
+    metrics, errors = read_committed(str(output))
+    return rows_by_id(metrics), rows_by_id(errors)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def model_calls(monkeypatch) -> list[int]:
+    """Grows by the batch size with every call of the separator."""
+    calls: list[int] = []
+    original = ClapSep.separate
+
+    def counted(self, mixture, condition):
+        calls.append(len(mixture))
+        return original(self, mixture, condition)
+
+    monkeypatch.setattr(ClapSep, "separate", counted)
+    return calls

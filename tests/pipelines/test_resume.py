@@ -1,0 +1,270 @@
+"""Commit and resume: what a second run does, and what a killed one leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clapsep import bundle as bundles
+from pipelines import shards, storage
+from pipelines.tables import Shard, read_committed
+from tests.pipelines.conftest import files, run, tables, write_bundle, write_jsonl
+
+NAMES = "abcdefgh"
+
+
+@pytest.fixture
+def rows(audio):
+    """Eight rows, one of which fails, of eight segments, so that they spread over shards."""
+    good = [
+        {"id": name, "mixture": str(audio / "street.flac"), "positive_text": "dog", "start": 0.1 * place}
+        for place, name in enumerate(NAMES)
+    ]
+    good[3]["mixture"] = str(audio / "absent.wav")
+    return good
+
+
+@pytest.fixture
+def started(rows, random_bundle, tmp_path):
+    """(manifest, output) after a first run."""
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    output = tmp_path / "output"
+    assert run(manifest, output, random_bundle, "--num-shards", "3") == 0
+    return Path(manifest), output
+
+
+def committed(output):
+    metrics, errors = tables(output)
+    return set(metrics), set(errors)
+
+
+def test_a_second_run_does_no_work_and_says_so(started, random_bundle, model_calls, monkeypatch, capsys):
+    manifest, output = started
+    before = files(output)
+    monkeypatch.setattr(shards.bundles, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(shards, "_SHARED_BUNDLE", shards.Shared())
+    assert run(manifest, output, random_bundle) == 0
+    assert model_calls == []
+    assert files(output) == before
+    printed = capsys.readouterr().out
+    assert "nothing to do" in printed
+    assert "rows in 8 = metrics 7 + errors 1" in printed
+
+
+def test_added_rows_become_a_further_part(started, rows, random_bundle, model_calls, capsys):
+    manifest, output = started
+    before = files(output)
+    extra = [{**rows[0], "id": f"extra{start}", "start": start, "place": "roof"} for start in (2.0, 2.1, 2.2)]
+    write_jsonl(manifest, [*rows, *extra])
+    assert run(manifest, output, random_bundle) == 0
+    assert "rows in 11 = metrics 10 + errors 1" in capsys.readouterr().out
+    after = files(output)
+    assert {name: after[name] for name in before if name != "run.json"} == {
+        name: data for name, data in before.items() if name != "run.json"
+    }
+    assert any("part-0001" in name for name in after)
+    assert sum(model_calls) == 3 * 2, "one window of two channels for each new row, no other"
+    found = tables(output)[0]
+    assert found["extra2.0"]["place"] == "roof"
+    assert found["a"]["place"] is None
+    assert json.loads((output / "run.json").read_text())["shards"] == 3
+
+
+def test_a_changed_row_is_not_passed_over_in_silence(started, rows, random_bundle, capsys):
+    manifest, output = started
+    stems = {name: data for name, data in files(output).items() if name.startswith("stems")}
+    rows[0]["positive_text"] = "bell"
+    write_jsonl(manifest, rows)
+    for _ in range(2):
+        assert run(manifest, output, random_bundle) == 0
+        metrics, errors = read_committed(str(output))
+        changed = [row for row in errors.to_pylist() if row["id"] == "a"]
+        assert [row["type"] for row in changed] == ["ChangedRow"]
+        assert metrics.num_rows == 7
+        assert "rows in 8 + 1 of earlier manifests = metrics 7 + errors 2" in capsys.readouterr().out
+    assert {name: data for name, data in files(output).items() if name.startswith("stems")} == stems
+
+
+def test_a_repaired_row_runs(started, rows, audio, random_bundle, capsys):
+    manifest, output = started
+    rows[3]["mixture"] = str(audio / "room.wav")
+    write_jsonl(manifest, rows)
+    assert run(manifest, output, random_bundle) == 0
+    assert set(tables(output)[0]) == set(NAMES)
+    assert "rows in 8 + 1 of earlier manifests = metrics 8 + errors 1" in capsys.readouterr().out
+
+
+def test_errors_are_not_tried_again_until_the_row_changes(started, rows, audio, random_bundle, model_calls):
+    manifest, output = started
+    (audio / "absent.wav").write_bytes((audio / "room.wav").read_bytes())
+    try:
+        assert run(manifest, output, random_bundle) == 0
+    finally:
+        (audio / "absent.wav").unlink()
+    assert model_calls == []
+    assert committed(output) == (set(NAMES) - {"d"}, {"d"})
+
+
+def test_moving_manifest_and_audio_keeps_what_is_committed(audio, random_bundle, tmp_path, model_calls):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "room.wav").write_bytes((audio / "room.wav").read_bytes())
+        rows = [{"mixture": name, "positive_text": "dog"} for name in ("room.wav", "absent.wav")]
+        manifest = write_jsonl(tmp_path / place / "m.jsonl", rows)
+        assert run(manifest, tmp_path / "output", random_bundle, "--num-shards", "1") == 0
+    assert len(model_calls) == 1
+    metrics, errors = read_committed(str(tmp_path / "output"))
+    assert (metrics.num_rows, errors.num_rows) == (1, 1)
+
+
+def test_deleting_a_part_has_it_redone(started, random_bundle, model_calls):
+    manifest, output = started
+    before, expected = files(output), committed(output)
+    victim = next(name for name in before if name.startswith("metrics") and json_rows(output / name))
+    rows_of_victim = json_rows(output / victim)
+    (output / victim).unlink()
+    assert run(manifest, output, random_bundle) == 0
+    assert committed(output) == expected
+    assert len(read_committed(str(output))[0]) == 7
+    assert sum(model_calls) == sum(2 * windows(row) for row in rows_of_victim)
+    after = files(output)
+    assert {n: after[n] for n in after if n.startswith("stems")} == {
+        n: before[n] for n in before if n.startswith("stems")
+    }
+
+
+def json_rows(path):
+    import pyarrow.parquet as pq
+
+    return pq.read_table(path).to_pylist()
+
+
+def windows(row):
+    """Model windows of a channel: 2.5 s long, 1.875 s apart."""
+    return 1 + max(0, -(-(row["duration_s"] - 2.5) // 1.875))
+
+
+def test_errors_without_their_metrics_file_do_not_count(started, rows, random_bundle):
+    manifest, output = started
+    shard = next(s for s in (Shard(str(output), i, 3) for i in range(3)) if s.committed().attempts)
+    unfinished = shard.table("errors", shard.committed().next_part)
+    Path(unfinished).write_bytes(b"half a file of a killed run")
+    assert committed(output) == (set(NAMES) - {"d"}, {"d"})
+    # A row that lands in the same shard: its part overwrites what the killed run left.
+    write_jsonl(manifest, [*rows, {**rows[3], "id": "again"}])
+    assert run(manifest, output, random_bundle) == 0
+    assert committed(output)[1] == {"d", "again"}
+    assert json_rows(unfinished)[0]["id"] == "again"
+
+
+@pytest.mark.parametrize("kind", ["errors", "metrics"])
+def test_a_failed_commit_leaves_the_shard_undone_and_the_next_run_does_it(
+    rows, random_bundle, tmp_path, monkeypatch, capsys, kind
+):
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    output = tmp_path / "output"
+    write = storage.write_bytes
+
+    def full_disk(uri, data):
+        if f"/{kind}/" in uri:
+            raise storage.StorageError(f"{uri}: cannot be written (No space left on device)")
+        write(uri, data)
+
+    monkeypatch.setattr(storage, "write_bytes", full_disk)
+    assert run(manifest, output, random_bundle, "--num-shards", "1") == 1
+    message = capsys.readouterr().err
+    assert "No space left on device" in message
+    assert "the same command goes on" in message
+    assert committed(output) == (set(), set())
+    monkeypatch.undo()
+    assert run(manifest, output, random_bundle) == 0
+    assert committed(output) == (set(NAMES) - {"d"}, {"d"})
+
+
+@pytest.mark.parametrize(
+    ("flags", "difference"),
+    [
+        (("--hop", "1"), "hop_seconds was null and is 1.0"),
+        (("--residuals",), "residuals was false and is true"),
+        (("--positive", "dog"), 'positive was [] and is ["dog"]'),
+        (("--num-shards", "4"), "num_shards was 3 and is 4"),
+    ],
+)
+def test_other_settings_are_refused(started, random_bundle, capsys, flags, difference):
+    manifest, output = started
+    before = files(output)
+    assert run(manifest, output, random_bundle, *flags) == 2
+    error = capsys.readouterr().err
+    assert difference in error
+    assert error.count("\n") == 1
+    assert files(output) == before
+
+
+def test_another_bundle_is_refused(started, random_bundle, tmp_path, capsys):
+    manifest, output = started
+    other = write_bundle(tmp_path / "other", seed=2)
+    assert run(manifest, output, other) == 2
+    error = capsys.readouterr().err
+    for uri in (random_bundle, other):
+        assert bundles.verify(uri).digest[:12] in error
+
+
+SLOW_RUN = """
+import sys, time
+from clapsep.model import ClapSep
+from pipelines import separate
+
+original = ClapSep.separate
+
+def slow(self, mixture, condition):
+    time.sleep(0.2)
+    return original(self, mixture, condition)
+
+ClapSep.separate = slow
+sys.exit(separate.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_run_is_continued(rows, random_bundle, tmp_path, model_calls):
+    """SIGKILL after the first shard's commit, in the middle of another's work."""
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    flags = ["--num-shards", "3", "--batch-windows", "1"]
+    command = ["--manifest", manifest, "--output", str(killed), "--model", random_bundle, *flags]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN, *command],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not any((killed / "metrics").glob("*.parquet")) and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    survived = {row["id"]: row for row in read_committed(str(killed))[0].to_pylist()}
+    assert 0 < len(survived) < 7
+
+    assert run(manifest, killed, random_bundle, *flags) == 0
+    redone = [row for row in tables(killed)[0].values() if row["id"] not in survived]
+    assert sum(model_calls) == sum(2 * windows(row) for row in redone), "committed rows are not run again"
+    assert run(manifest, whole, random_bundle, *flags) == 0
+
+    after, undisturbed = tables(killed), tables(whole)
+    assert {name: row for name, row in after[0].items() if name in survived} == survived
+    for name, row in undisturbed[0].items():
+        assert {**after[0][name], "wall_seconds": 0} == {**row, "wall_seconds": 0}
+        assert (killed / row["stem"]).read_bytes() == (whole / row["stem"]).read_bytes()
+    assert set(after[1]) == set(undisturbed[1]) == {"d"}
+    visible = {name for name in files(killed) if not name.rpartition("/")[2].startswith(".")}
+    assert visible == set(files(whole))
