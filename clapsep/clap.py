@@ -124,7 +124,9 @@ class _AddNorm(nn.Module):
 class _Layer(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.attention = nn.ModuleDict({"self": _SelfAttention(config), "output": _AddNorm(config.width, config)})
+        self.attention = nn.ModuleDict(
+            {"self": _SelfAttention(config), "output": _AddNorm(config.width, config)}
+        )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.width, config.feed_forward)})
         self.output = _AddNorm(config.feed_forward, config)
 

@@ -60,7 +60,9 @@ class ClapSep(nn.Module):
             ValueError: the mixture is longer than a window.
         """
         if mixture.shape[-1] > self.window:
-            raise ValueError(f"mixture of {mixture.shape[-1]} samples is longer than a window of {self.window}")
+            raise ValueError(
+                f"mixture of {mixture.shape[-1]} samples is longer than a window of {self.window}"
+            )
         spectrum = self.stft(mixture)
         branch = self.audio_branch
         power = branch.power(self.resampler(mixture))
