@@ -1,0 +1,145 @@
+"""Mixtures at a given signal-to-noise ratio, made on the fly from a target and an interference.
+
+The protocol is that of the CLAPSep paper (Ma et al., 2024, section IV-A) and of AudioSep before it: the
+target keeps its level, and the interference is scaled so that
+
+    10 * log10(energy(target) / energy(interference)) = snr_db
+
+over the whole length of the target, all channels together. `mix` does it for arrays (training),
+`Mixture` for files of any length in constant memory (the pipeline).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+
+import numpy as np
+
+from clapsep.audio import AudioError, Recording, StreamResampler
+
+
+def interference_gain(target_energy: float, interference_energy: float, snr_db: float) -> float:
+    """The factor on the interference that puts the target `snr_db` decibels above it.
+
+    Energies are sums of squared samples over the same span. Raises ValueError when one of them is not
+    positive: no gain can then reach the ratio.
+    """
+    if not (target_energy > 0 and interference_energy > 0):
+        raise ValueError(
+            f"target energy {target_energy:g} and interference energy {interference_energy:g} must both be "
+            f"positive to mix at {snr_db:g} dB: a silent recording has no signal-to-noise ratio"
+        )
+    return float(np.sqrt(target_energy / interference_energy) * 10.0 ** (-snr_db / 20.0))
+
+
+def mix(target: np.ndarray, interference: np.ndarray, snr_db: float) -> tuple[np.ndarray, np.ndarray]:
+    """(mixture, scaled interference) of two float arrays of equal shape; mixture = target + interference.
+
+    Raises ValueError for unequal shapes or a silent side.
+    """
+    if target.shape != interference.shape:
+        raise ValueError(f"target {target.shape} and interference {interference.shape} differ in shape")
+    gain = interference_gain(
+        float(np.square(target, dtype=np.float64).sum()),
+        float(np.square(interference, dtype=np.float64).sum()),
+        snr_db,
+    )
+    scaled = (interference * gain).astype(target.dtype)
+    return target + scaled, scaled
+
+
+class Mixture:
+    """A source (the protocol of `audio.Recording`) whose blocks are (target + interference, target).
+
+    The result has the target's sample rate, channel count and length; `start` and `duration` (seconds)
+    choose a segment of the target. The interference is resampled to the target's rate, its channels are
+    averaged and given to every channel unless the counts agree, it is repeated from its beginning when
+    it is shorter than the target and cut when it is longer. Both files are read twice: once for the
+    energies, once for the blocks. Samples beyond +-1 are kept: a mixture is float, never clipped.
+
+    Entering raises AudioError when a file cannot be read, is empty, or is silent over the segment.
+    """
+
+    def __init__(
+        self,
+        target_uri: str,
+        interference_uri: str,
+        snr_db: float = 0.0,
+        start: float = 0.0,
+        duration: float | None = None,
+    ) -> None:
+        self.target_uri = target_uri
+        self.interference_uri = interference_uri
+        self.snr_db = snr_db
+        self.start = start
+        self.duration = duration
+
+    def __enter__(self) -> Mixture:
+        with self._open_target() as target:
+            self.sample_rate: int = target.sample_rate
+            self.channels: int = target.channels
+            self.frames: int = target.frames
+        target_energy = interference_energy = 0.0
+        for target_block, interference_block in self._aligned():
+            target_energy += float(np.square(target_block, dtype=np.float64).sum())
+            interference_energy += float(np.square(interference_block, dtype=np.float64).sum())
+        for uri, energy in ((self.target_uri, target_energy), (self.interference_uri, interference_energy)):
+            if not energy > 0:
+                raise AudioError(
+                    f"{uri}: silent over the mixed segment, cannot be mixed at {self.snr_db:g} dB"
+                )
+        self.gain = interference_gain(target_energy, interference_energy, self.snr_db)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing stays open between passes."""
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(mixture, target) blocks, float32, each (frames, channels)."""
+        gain = np.float32(self.gain)
+        for target_block, interference_block in self._aligned():
+            yield target_block + gain * interference_block, target_block
+
+    def _open_target(self) -> Recording:
+        return Recording(self.target_uri, start=self.start, duration=self.duration)
+
+    def _aligned(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with ExitStack() as stack:
+            target = stack.enter_context(self._open_target())
+            endless = self._interference()
+            stack.callback(endless.close)
+            ahead = np.zeros((0, self.channels), np.float32)
+            for target_block, _ in target.blocks():
+                parts = [ahead]
+                missing = len(target_block) - len(ahead)
+                while missing > 0:
+                    parts.append(next(endless))
+                    missing -= len(parts[-1])
+                joined = np.concatenate(parts)
+                ahead = joined[len(target_block) :]
+                yield target_block, joined[: len(target_block)]
+
+    def _interference(self) -> Iterator[np.ndarray]:
+        """Blocks of the interference at the target's rate and channel count, over and over."""
+        while True:
+            produced = 0
+            with Recording(self.interference_uri) as recording:
+                resampler = StreamResampler(self.channels, recording.sample_rate, self.sample_rate)
+                for block, _ in recording.blocks():
+                    resampled = resampler.process(self._as_channels(block))
+                    produced += len(resampled)
+                    yield resampled
+                rest = resampler.finish()
+                produced += len(rest)
+                yield rest
+            if produced == 0:
+                raise AudioError(f"{self.interference_uri}: too short to be mixed, no sample is left of it")
+
+    def _as_channels(self, block: np.ndarray) -> np.ndarray:
+        if block.shape[1] == self.channels:
+            return block
+        return np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
