@@ -39,13 +39,16 @@ class Row:
     """One separation job as the manifest states it, or, where `error` is set, one that cannot be.
 
     `number` counts the rows of a manifest file from 1. `digest` is that of the contents, `key` that of
-    contents and place: a repaired row has new ones. URIs are absolute or relative to the working directory.
+    contents and place: a repaired row has new ones. `recording` is a digest of what is decoded: rows that
+    share it belong in one shard. All three outlast moving the manifest together with the audio beside it.
+    URIs are absolute or relative to the working directory.
     """
 
     manifest: str
     number: int
     digest: str
     key: str
+    recording: str
     id: str
     mixture: str | None = None
     target: str | None = None
@@ -63,11 +66,6 @@ class Row:
     def fail(self, error: RowError) -> Row:
         """The row with `error` in place of a job."""
         return replace(self, error=error)
-
-    def recording(self) -> str:
-        """What is decoded for this row, as a string: rows that share it belong in one shard."""
-        parts = (self.mixture,) if self.mixture else (self.target, self.interference, self.snr_db)
-        return json.dumps([*parts, self.start, self.duration])
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,13 @@ def parse_row(
     name = name or manifest.rpartition("/")[2]
     if isinstance(record, UnreadableRecord):
         contents = digest(record.text)
+        key = digest([name, number, contents])
         error = RowError("manifest", "UnreadableRecord", record.message, printable(record.text))
-        return Row(manifest, number, contents, digest([name, number, contents]), "", error=error)
+        return Row(manifest, number, contents, key, recording=key, id="", error=error)
     filled = {column: value for column, value in record.items() if not _is_missing(value)}
     contents = digest(filled)
-    row = Row(manifest, number, contents, digest([name, number, contents]), _label(filled, contents))
+    key = digest([name, number, contents])
+    row = Row(manifest, number, contents, key, recording=key, id=_label(filled, contents))
     try:
         return _validated(row, filled, positive, negative)
     except _InvalidFieldError as problem:
@@ -142,12 +142,17 @@ def _validated(
             None,
             f"the row has no query; set one of {', '.join(QUERY_COLUMNS)}, or pass --positive or --negative",
         )
+    numbers = {
+        "snr_db": _number(filled, "snr_db"),
+        "start": _number(filled, "start", at_least=0.0),
+        "duration": _number(filled, "duration", above=0.0),
+    }
+    decoded = ("mixture",) if uris["mixture"] else ("target", "interference", "snr_db")
     return replace(
         row,
+        recording=digest([(filled | numbers).get(name) for name in (*decoded, "start", "duration")]),
         **uris,
-        snr_db=_number(filled, "snr_db"),
-        start=_number(filled, "start", at_least=0.0),
-        duration=_number(filled, "duration", above=0.0),
+        **numbers,
         **query,
         carried=tuple((name, _as_text(filled[name])) for name in sorted(set(filled) - set(COLUMNS))),
     )

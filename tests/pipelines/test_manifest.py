@@ -214,9 +214,11 @@ def test_default_query_fills_only_rows_without_one():
 
 def test_rows_of_one_segment_share_a_recording():
     def recording(**columns):
-        return parse_row(GOOD | columns, manifest="m", number=1).recording()
+        return parse_row(GOOD | columns, manifest="m", number=1).recording
 
     assert recording() == recording(id="b", positive_text="cat", target="t.wav")
+    assert recording() == recording(start="", duration=None)
+    assert recording(start=1) == recording(start="1.0")
     assert len({recording(), recording(start=1), recording(duration=1), recording(mixture="b.wav")}) == 4
 
 
