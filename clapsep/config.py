@@ -195,9 +195,9 @@ MINI = ModelConfig(
     name="mini",
     window_seconds=2.5,
     joint=128,
-    encoder=EncoderConfig(spec_size=128, embed=32, depths=(2, 2, 4, 2), heads=(2, 4, 8, 16)),
+    encoder=EncoderConfig(spec_size=128, embed=32, depths=(2, 2, 4, 1), heads=(2, 4, 8, 16)),
     text=TextConfig(
-        vocabulary=512, width=128, layers=2, heads=4, feed_forward=256, positions=34, max_tokens=32
+        vocabulary=256, width=128, layers=2, heads=4, feed_forward=256, positions=34, max_tokens=32
     ),
-    decoder=DecoderConfig(masker_width=192, masker_layers=2),
+    decoder=DecoderConfig(masker_width=256, masker_layers=1),
 )
