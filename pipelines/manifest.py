@@ -42,7 +42,8 @@ class ManifestError(ValueError):
 class Slice:
     """Part of a manifest that one worker reads: a file, a Parquet row group, or some audio files.
 
-    `name` is the file's path below the folder or the first wildcard of the manifest's URI.
+    `name` is the file's path below the folder or the first wildcard of the manifest's URI. `audio` holds (id,
+    URI) pairs.
     """
 
     uri: str
@@ -50,7 +51,7 @@ class Slice:
     kind: str
     first_number: int = 1
     row_group: int | None = None
-    audio: tuple[str, ...] = ()
+    audio: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def open_manifest(uri: str) -> Manifest:
         )
     if not tables and not audio:
         raise ManifestError(f"{uri}: no manifest or audio file in it")
-    survey = _survey_audio(uri, audio) if audio else _survey_tables(uri, tables, kinds)
+    root = _root(uri) if folder else storage.parent(uri)
+    survey = _survey_audio(uri, root, audio) if audio else _survey_tables(root, tables, kinds)
     slices, rows, digest, carried = survey
     if rows == 0:
         raise ManifestError(f"{uri}: holds no rows")
@@ -109,9 +111,8 @@ def open_manifest(uri: str) -> Manifest:
 def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
     """(row number, record) of every row of a slice. Numbers count from 1 within a manifest file."""
     if part.kind == "audio":
-        root = _root(part.uri)
-        for number, uri in enumerate(part.audio, part.first_number):
-            yield number, {"id": _below(root, uri), "mixture": uri}
+        for number, (name, uri) in enumerate(part.audio, part.first_number):
+            yield number, {"id": name, "mixture": uri}
     elif part.kind == "parquet":
         with _open(part.uri) as file:
             table = pq.ParquetFile(file).read_row_group(part.row_group)
@@ -122,22 +123,23 @@ def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
             yield from enumerate(records, part.first_number)
 
 
-def _survey_audio(uri: str, names: list[str]) -> tuple[list[Slice], int, str, set[str]]:
+def _survey_audio(uri: str, root: str, uris: list[str]) -> tuple[list[Slice], int, str, set[str]]:
+    pairs = [(_below(root, name), name) for name in uris]
     slices = [
-        Slice(uri, "", "audio", first + 1, audio=tuple(names[first : first + AUDIO_SLICE]))
-        for first in range(0, len(names), AUDIO_SLICE)
+        Slice(uri, "", "audio", first + 1, audio=tuple(pairs[first : first + AUDIO_SLICE]))
+        for first in range(0, len(pairs), AUDIO_SLICE)
     ]
-    return slices, len(names), hashlib.sha256("\n".join(names).encode()).hexdigest(), set()
+    names = "\n".join(name for name, _ in pairs)
+    return slices, len(pairs), hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest(), set()
 
 
 def _survey_tables(
-    uri: str, names: list[str], kinds: dict[str, str | None]
+    root: str, names: list[str], kinds: dict[str, str | None]
 ) -> tuple[list[Slice], int, str, set[str]]:
     slices: list[Slice] = []
     carried: set[str] = set()
     total = hashlib.sha256()
     rows = 0
-    root = _root(uri)
     for name in names:
         hasher = hashlib.sha256()
         try:

@@ -58,7 +58,7 @@ _METRICS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("precision", pa.string(), "number format that the model ran in"),
     ("model_digest", pa.string(), "SHA-256 of the model bundle"),
     ("settings_digest", pa.string(), "digest of the settings in run.json that change results"),
-    ("wall_seconds", pa.float64(), "s; from opening the recording to publishing the stem; rows overlap"),
+    ("wall_seconds", pa.float64(), "s; from the first separated window to the published stem; rows overlap"),
 )
 _ERRORS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("id", pa.string(), "id of the row; null where the manifest line is no record"),

@@ -16,8 +16,8 @@ from clapsep.config import DecoderConfig, EncoderConfig, ModelConfig, TextConfig
 from clapsep.model import ClapSep
 from pipelines import separate
 from pipelines.tables import read_committed
-from tests.regenerate import signal
 
+RECORDINGS = Path(__file__).parents[2] / "manifests" / "audio"
 WORDS = ["<s>", "<pad>", "</s>", "<unk>", "dog", "rain", "bell"]
 CONFIG = ModelConfig(
     name="random",
@@ -49,15 +49,20 @@ def random_bundle(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def audio(tmp_path_factory) -> Path:
-    """A folder of recordings, good and bad."""
+    """A folder of real recordings, cut short, and of files that are none."""
     folder = tmp_path_factory.mktemp("audio")
-    for name, rate, seconds in (("room", 16000, 3.0), ("dog", 16000, 3.0), ("short", 8000, 0.4)):
-        soundfile.write(folder / f"{name}.wav", 0.3 * signal(name, rate, seconds), rate, "PCM_16")
-    street = np.stack([signal(f"street{channel}", 44100, 4.0) for channel in range(2)], axis=1)
-    soundfile.write(folder / "street.flac", 0.3 * street, 44100)
-    broken = signal("dog", 16000, 3.0)
+    for name, source, seconds in (
+        ("room", "woman_speaking", 3.0),
+        ("dog", "drums", 3.0),
+        ("short", "bells", 0.4),
+    ):
+        samples, rate = soundfile.read(RECORDINGS / f"{source}.flac", dtype="float32")
+        soundfile.write(folder / f"{name}.wav", samples[: round(seconds * rate)], rate, "PCM_16")
+    stereo, rate = soundfile.read(RECORDINGS / "speech_and_violin_48k_stereo.flac", frames=4 * 48000)
+    soundfile.write(folder / "street.flac", stereo, rate)
+    broken, rate = soundfile.read(folder / "dog.wav", dtype="float32")
     broken[20000] = np.nan
-    soundfile.write(folder / "nan.wav", broken, 16000, "FLOAT")
+    soundfile.write(folder / "nan.wav", broken, rate, "FLOAT")
     (folder / "text.wav").write_text("this is no audio\n" * 100)
     (folder / "empty.wav").write_bytes(b"")
     return folder

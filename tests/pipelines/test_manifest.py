@@ -95,6 +95,14 @@ def test_audio_files_are_a_manifest(tmp_path, monkeypatch):
     assert open_manifest(str(tmp_path / "*")).rows == 2, "a glob takes every file it matches"
 
 
+def test_a_row_is_the_same_however_its_manifest_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    write_csv(tmp_path / "d" / "m.csv", RECORDS)
+    names = ["d/m.csv", "d/../d/m.csv", str(tmp_path / "d/m.csv"), "d", "d/*.csv", f"{tmp_path}/d/"]
+    assert len({tuple((row.key, row.id, row.recording) for row in rows_of(name)) for name in names}) == 1
+
+
 def test_relative_manifest_in_the_working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_csv(tmp_path / "m.csv", RECORDS)
