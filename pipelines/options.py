@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.runners.runner import create_runner
 
 from pipelines.rows import digest
 
@@ -133,6 +134,16 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, PipelineOptions
     for side in ("positive", "negative"):
         if not all(text.strip() for text in getattr(ours, side)):
             raise UsageError(f"--{side}: an empty text is no query; leave the flag out")
+    pipeline_options = PipelineOptions(rest)
+    standard = pipeline_options.view_as(StandardOptions)
+    if standard.runner is None:
+        # The plain DirectRunner picks an engine by what it finds online; this one is always the same.
+        standard.runner = "FnApiRunner"
+    try:
+        # A runner's module declares its own flags.
+        create_runner(standard.runner)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--runner {standard.runner}: {' '.join(str(error).split())}") from error
     # Beam itself drops what it does not know with just a warning: a misspelt flag would do nothing.
     beam = _Parser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
     for options in PipelineOptions.__subclasses__():
@@ -140,11 +151,6 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, PipelineOptions
     _, unknown = beam.parse_known_args(rest)
     if unknown:
         raise UsageError(f"unknown flag or value {unknown[0]!r}; --help lists the flags, Beam's are Beam's")
-    pipeline_options = PipelineOptions(rest)
-    standard = pipeline_options.view_as(StandardOptions)
-    if standard.runner is None:
-        # The plain DirectRunner picks an engine by what it finds online; this one is always the same.
-        standard.runner = "FnApiRunner"
     return ours, pipeline_options
 
 

@@ -96,7 +96,9 @@ def error_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """How many rows failed, by stage and type, each with an example."""
     groups = Counter((row["stage"], row["type"]) for row in rows)
     examples = {(row["stage"], row["type"]): row for row in reversed(rows)}
-    lines = [f"{len(rows)} error rows" + (":" if rows else "")]
+    if not rows:
+        return ["no error rows"]
+    lines = ["1 error row:" if len(rows) == 1 else f"{len(rows)} error rows:"]
     for (stage, kind), count in groups.most_common():
         row = examples[stage, kind]
         lines.append(f"  {count} x {stage}/{kind}, e.g. row {row['row']} ({row['id']}): {row['message']}")

@@ -58,9 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     source = "--model was not given: using the embedded bundle" if given.model is None else "model"
     print(f"{source} {name} ({bundle.digest[:12]})")
     ignored = f", {manifest.ignored} other files ignored" if manifest.ignored else ""
-    print(
-        f"manifest {manifest.uri}: {manifest.rows} rows{ignored}; {plan.shards} shards; output {plan.output}"
-    )
+    shards = "1 shard" if plan.shards == 1 else f"{plan.shards} shards"
+    print(f"manifest {manifest.uri}: {manifest.rows} rows{ignored}; {shards}; output {plan.output}")
     try:
         run_pipeline(manifest, plan, pipeline_options)
     except Exception as error:

@@ -80,6 +80,7 @@ def test_an_output_of_something_else(manifest, random_bundle, tmp_path, capsys):
     [
         (["--positve", "dog"], "--positve"),
         (["--positive", ""], "--positive: an empty text"),
+        (["--runner", "NoSuchRunner"], "--runner NoSuchRunner"),
         (["--hop", "3"], "longer than the model's window of 2.5 s"),
         (["--hop", "-1"], "--hop"),
         (["--num-shards", "0"], "not at least 1"),
@@ -112,6 +113,9 @@ def test_flags_of_beam_go_to_beam():
     assert given.positive == ["dog"]
     assert beam_options.get_all_options()["runner"] == "PrismRunner"
     assert beam_options.get_all_options()["job_name"] == "night"
+    dask = "--runner=apache_beam.runners.dask.dask_runner.DaskRunner"
+    _, with_dask = options.parse([*ours, dask, "--dask_client_address=tcp://127.0.0.1:8786"])
+    assert with_dask.get_all_options()["address"] == "tcp://127.0.0.1:8786"
     _, default = options.parse(ours)
     assert default.get_all_options()["runner"] == "FnApiRunner"
 
