@@ -29,7 +29,7 @@ _UNKNOWN_FRAMES = 1 << 62
 # Encoders that write to a pipe put 0xFFFFFFFF or 0x7FFFF000 where the size belongs: that is no truncation.
 _PLACEHOLDER_BYTES = 0x7FFF0000
 _HEADER_SLACK_BYTES = 8  # careless tools miscount their padding
-_WRONG_SIZE = re.compile(r": (\d+) \(should be (\d+)\)")
+_WRONG_SIZE = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
 _WAV_LIMIT_BYTES = (1 << 32) - (1 << 16)
 _FLAC_CHANNELS = 8
 _FLAC_RATE_HZ = 655350
@@ -259,7 +259,7 @@ class _Decoder:
             raise self._failure("does not say in its header how long it is; encode it again to a file")
         if self._file.frames < 1:
             raise self._failure("holds no samples")
-        # libsndfile reads a truncated WAV, AIFF or AU as a shorter one and says so only in its log.
+        # libsndfile reads a truncated WAV, AIFF, AU or W64 as a shorter one and says so only in its log.
         for claimed, real in _WRONG_SIZE.findall(self._file.extra_info):
             if int(real) + _HEADER_SLACK_BYTES < int(claimed) < _PLACEHOLDER_BYTES:
                 raise self._failure(f"is truncated: {real} of {claimed} bytes are there; copy it again")
