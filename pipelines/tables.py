@@ -2,6 +2,7 @@
 
 A shard's rows are committed in parts, each one errors file and one metrics file. The metrics file is written
 last, even when it is empty: it is the mark that the part is whole. An errors file without it does not count.
+Deleting a metrics file has the part redone; deleting an errors file, only its rows.
 """
 
 from __future__ import annotations
@@ -128,13 +129,14 @@ class Shard:
 
     def committed(self) -> Committed:
         """The rows that this shard has finished. Looks at its own files only."""
-        marks = storage.list_files(storage.join(self.output, "metrics", f"shard-{self.name}-part-*.parquet"))
+        marks, errors = _committed_files(self.output, f"shard-{self.name}-part-*.parquet")
         digests: dict[str, str] = {}
         attempts: dict[str, int] = {}
         for mark in marks:
             finished = _read(mark, ["id", "row_digest"]).to_pylist()
             digests.update((row["id"], row["row_digest"]) for row in finished)
-            for key in _read(_beside(mark, self.output), ["key"]).column("key").to_pylist():
+        for uri in errors:
+            for key in _read(uri, ["key"]).column("key").to_pylist():
                 attempts[key] = attempts.get(key, 0) + 1
         # One more than the last, not their number: a part may have been deleted to have it redone.
         parts = [int(mark.removesuffix(".parquet").rpartition("-")[2]) for mark in marks]
@@ -173,14 +175,13 @@ def read_committed(output: str) -> tuple[pa.Table, pa.Table]:
 
     Raises StorageError when a part cannot be read.
     """
-    marks = _marks(output)
-    order = [("manifest", "ascending"), ("row", "ascending")]
-    metrics = [metrics_schema().empty_table(), *map(_read, marks)]
-    errors = [errors_schema().empty_table(), *(_read(_beside(mark, output)) for mark in marks)]
-    return (
-        pa.concat_tables(metrics, promote_options="default").sort_by(order),
-        pa.concat_tables(errors).sort_by(order),
+    found = _committed_files(output)
+    metrics, errors = (
+        pa.concat_tables([schema.empty_table(), *map(_read, uris)], promote_options="default")
+        for schema, uris in zip((metrics_schema(), errors_schema()), found, strict=True)
     )
+    order = [("manifest", "ascending"), ("row", "ascending")]
+    return metrics.sort_by(order), errors.sort_by(order)
 
 
 def count_committed(output: str) -> tuple[int, int]:
@@ -191,20 +192,18 @@ def count_committed(output: str) -> tuple[int, int]:
         with filesystem.open(path, "rb") as file:
             return pq.ParquetFile(file).metadata.num_rows
 
-    marks = _marks(output)
     with ThreadPoolExecutor(16) as pool:
-        metrics = sum(pool.map(rows, marks))
-        errors = sum(pool.map(rows, [_beside(mark, output) for mark in marks]))
+        metrics, errors = (sum(pool.map(rows, uris)) for uris in _committed_files(output))
     return metrics, errors
 
 
-def _marks(output: str) -> list[str]:
-    return storage.list_files(storage.join(output, "metrics", "shard-*.parquet"))
-
-
-def _beside(mark: str, output: str) -> str:
-    """The errors file of the part that a metrics file commits."""
-    return storage.join(output, "errors", mark.rpartition("/")[2])
+def _committed_files(output: str, pattern: str = "shard-*.parquet") -> tuple[list[str], list[str]]:
+    """URIs of the metrics files, and of the errors files of the same parts."""
+    metrics, errors = (
+        storage.list_files(storage.join(output, kind, pattern)) for kind in ("metrics", "errors")
+    )
+    parts = {uri.rpartition("/")[2] for uri in metrics}
+    return metrics, [uri for uri in errors if uri.rpartition("/")[2] in parts]
 
 
 def _read(uri: str, columns: list[str] | None = None) -> pa.Table:

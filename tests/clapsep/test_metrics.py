@@ -123,7 +123,7 @@ def test_equals_published_values(case):
 
 
 def test_level_does_not_matter():
-    """torchmetrics' float32 epsilon is off by 10 dB here; its float64 form is the definition."""
+    """Torchmetrics' float32 epsilon is off by 10 dB here; its float64 form is the definition."""
     result = measure(*CASES["tiny_level"])
     for name, column in {"sdr": "tm_sdr64", "si_sdr": "tm_sisdr64", "snr": "tm_snr64"}.items():
         assert result[name] == pytest.approx(golden("tiny_level", f"{column}:pred"), abs=1e-3)

@@ -139,6 +139,16 @@ def test_deleting_a_part_has_it_redone(started, random_bundle, model_calls):
     }
 
 
+def test_deleting_an_errors_file_has_its_rows_tried_again(started, random_bundle, tmp_path, model_calls):
+    manifest, output = started
+    for errors in (output / "errors").iterdir():
+        errors.unlink()
+    shutil.copy(tmp_path / "street.flac", tmp_path / "absent.wav")
+    assert run(manifest, output, random_bundle) == 0
+    assert committed(output) == (set(NAMES), set())
+    assert len(model_calls) == 1
+
+
 def json_rows(path):
     import pyarrow.parquet as pq
 
