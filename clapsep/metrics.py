@@ -121,7 +121,7 @@ class ReferenceMetrics:
         self.samples += later.samples
 
     def result(self) -> dict[str, float | str | None]:
-        """The nine ratios in dB (mean over channels, or None) and `metrics_reason` (None if all are defined)."""
+        """The nine ratios in dB (mean over channels, or None) and `metrics_reason` (None: all defined)."""
         columns: dict[str, list[_Outcome]] = {name: [] for name in REFERENCE_COLUMNS}
         for channel in range(self.channels):
             stem = self._ratios(channel, 0, SILENT_STEM)
