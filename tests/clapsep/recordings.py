@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from clapsep.audio import AudioWriter, Recording
 
 RATE = 22050
+CLIPS = Path(__file__).parents[2] / "manifests" / "audio"
 PROPERTY = settings(
     derandomize=True,
     deadline=None,

@@ -14,6 +14,7 @@ import soundfile
 
 from clapsep import Query, Separator, bundle, cli, convert
 from clapsep.audio import AudioError
+from tests.clapsep.recordings import CLIPS
 from tests.golden import TINY
 
 RATE = 22050
@@ -81,12 +82,19 @@ def test_audio_queries_and_hop_reach_the_model(street: Path, tiny_folder: Path) 
 
 
 def test_without_a_model_the_embedded_one_is_used_and_named(
-    street: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    embedded = bundle.load(str(tiny_folder))
-    monkeypatch.setattr(bundle, "load", lambda uri, *_, **__: embedded if uri is None else None)
-    assert cli.main(["separate", str(street), *QUERY, "--output", str(street.parent)]) == 0
-    assert f"using the embedded default 'tiny' ({embedded.digest[:12]})" in capsys.readouterr().err
+    clip = str(CLIPS / "speech_and_violin_48k_stereo.flac")
+    arguments = ["--positive", "a woman speaking", "--negative", "violin", "--output", str(tmp_path)]
+    assert cli.main(["separate", clip, *arguments]) == 0
+    embedded = bundle.load()
+    name, digest = embedded.card["name"], embedded.digest[:12]
+    assert f"using the embedded default {name!r} ({digest})" in capsys.readouterr().err
+    mixture, rate = soundfile.read(clip)
+    stem, stem_rate = soundfile.read(tmp_path / "speech_and_violin_48k_stereo.stem.flac")
+    assert (stem.shape, stem_rate) == (mixture.shape, rate)
+    # The woman speaks, and the violin does not stay.
+    assert 0.05 < np.abs(stem).mean() / np.abs(mixture).mean() < 0.95
 
 
 def test_clipping_is_said(street: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

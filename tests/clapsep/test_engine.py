@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import soxr
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from clapsep.audio import AudioWriter, Recording, Waveform
 from clapsep.engine import Engine, Job
 from clapsep.engine.windows import OverlapAdd
-from tests.clapsep.recordings import PROPERTY, noise
+from tests.clapsep.recordings import CLIPS, PROPERTY, noise
 from tests.clapsep.window_models import (
     CONDITION,
     RATE,
@@ -77,6 +78,23 @@ def test_identity_model_at_any_rate_differs_by_the_resampler_alone(
     expected = soxr.resample(soxr.resample(mixture, rate, model_rate), model_rate, rate)[:frames]
     expected = np.pad(expected, ((0, frames - len(expected)), (0, 0)))
     np.testing.assert_allclose(stem, expected, rtol=0, atol=1e-5)
+
+
+def test_real_recordings_come_back_as_they_were() -> None:
+    paths = sorted(CLIPS.glob("*.flac"))
+    assert len(paths) > 10
+    jobs = [Job(path.name, lambda path=path: Recording(str(path)), CONDITION, Collector) for path in paths]
+    results = run(Engine(Identity(32000)), jobs)
+    rates = set()
+    for path in paths:
+        mixture, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        rates.add(rate)
+        collected = results[path.name].value
+        np.testing.assert_array_equal(collected.mixture, mixture)
+        # All that the model's rate can carry.
+        expected = soxr.resample(soxr.resample(mixture, rate, 32000), 32000, rate)
+        np.testing.assert_allclose(collected.stem, expected, rtol=0, atol=1e-5)
+    assert len(rates) > 1
 
 
 @pytest.mark.parametrize("rate", [44100, 48000, 96000, 192000])
