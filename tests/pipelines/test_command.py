@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import io
 import json
@@ -12,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from clapsep import bundle as bundles
 from pipelines import options, separate
 from pipelines.progress import PROGRESS, Progress, ProgressDisplay
-from tests.pipelines.conftest import run, tables, write_bundle, write_jsonl
+from tests.pipelines.conftest import RECORDINGS, run, tables, write_bundle, write_jsonl
 
 
 @pytest.fixture
@@ -120,16 +120,20 @@ def test_flags_of_beam_go_to_beam():
     assert default.get_all_options()["runner"] == "FnApiRunner"
 
 
-def test_without_model_the_embedded_one_runs_and_is_named(
-    manifest, random_bundle, tmp_path, monkeypatch, capsys
-):
-    verify, load = bundles.verify, bundles.load
-    monkeypatch.setattr(bundles, "verify", lambda uri=None: verify(uri or random_bundle))
-    monkeypatch.setattr(bundles, "load", lambda uri, *a, **k: load(uri or random_bundle, *a, **k))
+def test_without_model_the_embedded_one_runs_is_named_and_separates(tmp_path, capsys):
+    with (RECORDINGS.parent / "sample.csv").open() as file:
+        rows = [
+            row for row in csv.DictReader(file) if row["id"] in ("trumpet-over-drums", "drums-over-flute")
+        ]
+    for row in rows:
+        row |= {name: str(RECORDINGS.parent / row[name]) for name in ("target", "interference")}
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     assert separate.main(["--manifest", manifest, "--output", str(tmp_path / "output")]) == 0
-    assert "--model was not given: using the embedded bundle random-1" in capsys.readouterr().out
+    assert "--model was not given: using the embedded bundle clapsep-mini" in capsys.readouterr().out
     assert json.loads((tmp_path / "output" / "run.json").read_text())["bundle"]["uri"] is None
-    assert set(tables(tmp_path / "output")[0]) == {"a"}
+    metrics, errors = tables(tmp_path / "output")
+    assert errors == {}
+    assert min(row["si_sdri"] for row in metrics.values()) > 3
 
 
 @pytest.mark.parametrize(("rows", "shards"), [(1, 1), (64, 1), (65, 2), (10_000_000, 10_000)])
