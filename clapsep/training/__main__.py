@@ -1,0 +1,157 @@
+"""`python -m clapsep.training COMMAND`: prepare, pretrain, fit, export, evaluate (`make train-mini`)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULT_WORK = Path.home() / ".cache" / "clapsep" / "training"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run one command."""
+    parser = argparse.ArgumentParser(prog="python -m clapsep.training", description=__doc__)
+    parser.add_argument(
+        "--work", type=Path, default=DEFAULT_WORK, help="folder for the corpus and checkpoints"
+    )
+    parser.add_argument("--seed", type=int, default=1)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    prepare = commands.add_parser("prepare", help="decode the corpus and render the sound banks, once")
+    prepare.add_argument("--corpus", type=Path, required=True, help="holds train_corpus/ and sample_corpus/")
+    prepare.add_argument(
+        "--train-bank", type=Path, action="append", default=[], help="sound bank to train on"
+    )
+    prepare.add_argument("--test-bank", type=Path, action="append", default=[], help="sound bank to test on")
+
+    pretrain = commands.add_parser("pretrain", help="contrastive pre-training of the two towers")
+    pretrain.add_argument("--steps", type=int, default=700)
+    pretrain.add_argument("--batch", type=int, default=24, help="clips per process and step")
+
+    fit = commands.add_parser("fit", help="train the separator; resumes from the work folder")
+    fit.add_argument("--steps", type=int, default=5000)
+    fit.add_argument("--mask-steps", type=int, default=400, help="steps that fade out the mask loss")
+    fit.add_argument("--batch", type=int, default=8, help="mixtures per process and step")
+
+    for command in (pretrain, fit):
+        command.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
+        command.add_argument("--learning-rate", type=float, default=1e-3)
+
+    fit.add_argument("--start", type=Path, help="weights of an earlier run to begin with")
+
+    export = commands.add_parser("export", help="write the trained weights as a bundle")
+    export.add_argument("--corpus", type=Path, required=True, help="for the attribution")
+    export.add_argument("--bundle", type=Path, required=True)
+
+    listing = commands.add_parser("list", help="draw the committed list of test mixtures anew")
+    listing.add_argument("--per-class", type=int, default=36)
+
+    evaluate = commands.add_parser("evaluate", help="measure a bundle on the committed test mixtures")
+    evaluate.add_argument("--bundle", type=Path, help="default: the embedded one")
+    evaluate.add_argument("--records", type=Path, help="write one line per mixture here (CSV)")
+    evaluate.add_argument("--card", action="store_true", help="write the table into the bundle's card")
+
+    options = parser.parse_args(arguments)
+    COMMANDS[options.command](options)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    from clapsep.training import corpus
+
+    prepared = corpus.prepare(options.corpus, options.work / "corpus", options.train_bank, options.test_bank)
+    for split in ("train", "validation", "test"):
+        for name, clips in prepared.of(split).items():
+            minutes = sum(clip.frames for clip in clips) / corpus.SAMPLE_RATE / 60
+            groups = len({clip.group for clip in clips})
+            print(f"{split:<11}{name:<20}{len(clips):>5} clips {minutes:>6.1f} min {groups:>4} source groups")
+
+
+def _pretrain(options: argparse.Namespace) -> None:
+    from clapsep.config import MINI
+    from clapsep.training import corpus, pretrain, vocabulary
+    from clapsep.training.tokens import build_tokenizer
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    pretrain.pretrain(
+        corpus.load(options.work / "corpus"),
+        MINI,
+        build_tokenizer(vocabulary.words(), MINI.text.max_tokens),
+        tuple(vocabulary.BY_NAME),
+        options.work,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        processes=options.processes,
+        seed=options.seed,
+    )
+
+
+def _fit(options: argparse.Namespace) -> None:
+    from clapsep.training import corpus, export, fit, vocabulary
+    from clapsep.training.tokens import build_tokenizer
+
+    clap = export.load_towers(options.work)
+    fit.fit(
+        corpus.load(options.work / "corpus"),
+        clap,
+        build_tokenizer(vocabulary.words(), clap.config.text.max_tokens),
+        vocabulary.CLAIMED,
+        options.work,
+        steps=options.steps,
+        mask_steps=options.mask_steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        processes=options.processes,
+        seed=options.seed,
+        start=options.start,
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from clapsep.training import export
+
+    print(f"bundle {export.export(options.work, options.corpus, options.bundle)} in {options.bundle}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    from clapsep.training import corpus, evaluate, vocabulary
+
+    prepared = corpus.load(options.work / "corpus")
+    rows = evaluate.draw_test_list(prepared, vocabulary.CLAIMED, options.per_class, options.seed)
+    evaluate.write_test_list(rows)
+    print(f"{len(rows)} test mixtures in {evaluate.TEST_LIST}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import csv
+
+    from clapsep import bundle
+    from clapsep.training import corpus, evaluate, export
+
+    loaded = bundle.load(str(options.bundle) if options.bundle else None)
+    rows = evaluate.read_test_list()
+    records = evaluate.evaluate(loaded, corpus.load(options.work / "corpus"), rows)
+    summary = evaluate.summarise(records)
+    print(evaluate.table(summary))
+    if options.records:
+        with options.records.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    if options.card:
+        export.write_measurement(options.bundle, summary)
+
+
+COMMANDS = {
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "fit": _fit,
+    "export": _export,
+    "list": _list,
+    "evaluate": _evaluate,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Query embeddings for training: phrases of the vocabulary, and one audio embedding per training clip."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from clapsep.clap import Clap
+from clapsep.model import Resampler
+from clapsep.training import vocabulary
+from clapsep.training.corpus import SAMPLE_RATE, Clip
+from clapsep.training.data import Sampler
+from clapsep.training.tokens import tokens
+
+TEMPLATES = ("{}", "{}", "the sound of {}", "sound of {}", "{} sound", "{} sounds")
+
+
+def phrase(member: str, choose: random.Random) -> str:
+    """A random text that is true of corpus class `member`."""
+    return choose.choice(TEMPLATES).format(choose.choice(vocabulary.wordings(member)))
+
+
+def embed_windows(clap: Clap, windows: Tensor, resampler: Resampler) -> Tensor:
+    """(B, window samples at 32 kHz) -> audio embeddings (B, joint)."""
+    return clap.embed_audio(resampler(windows))
+
+
+class QueryBank:
+    """Embeddings of every phrase and of a few windows of every training clip, computed once.
+
+    A training query is `share * text + (1 - share) * audio`; the audio is a window of another recording of
+    the same corpus class half of the time, and of the recording itself the other half.
+    """
+
+    def __init__(
+        self, clap: Clap, tokenizer: Tokenizer, sampler: Sampler, clips: Sequence[Clip], seed: int
+    ) -> None:
+        self.random = random.Random(seed)
+        clap.eval()
+        texts = sorted(
+            {t.format(w) for m in vocabulary.COARSE_OF for w in vocabulary.wordings(m) for t in TEMPLATES}
+        )
+        resampler = Resampler(SAMPLE_RATE, clap.config.encoder.spectrogram.sample_rate)
+        with torch.no_grad():
+            self.texts = dict(zip(texts, clap.embed_text(*tokens(tokenizer, texts)), strict=True))
+            audio: list[Tensor] = []
+            for start in range(0, len(clips), 32):
+                windows = sampler.windows(list(clips[start : start + 32]))
+                audio += embed_windows(clap, windows, resampler).unbind()
+        self.audio = {clip.name: embedding for clip, embedding in zip(clips, audio, strict=True)}
+        self._alike: dict[str, list[str]] = {}
+        for clip in clips:
+            self._alike.setdefault(clip.member, []).append(clip.name)
+
+    def text(self, clip: Clip) -> Tensor:
+        """(joint,) embedding of a random phrase that is true of the clip."""
+        return self.texts[phrase(clip.member, self.random)]
+
+    def side(self, clip: Clip, share: float) -> Tensor:
+        """(joint,) interpolation of a text (`share`) and an audio (1 - `share`) query for the clip."""
+        name = clip.name if self.random.random() < 0.5 else self.random.choice(self._alike[clip.member])
+        return share * self.text(clip) + (1.0 - share) * self.audio[name]
+
+
+def conditions(positive: Sequence[Tensor | None], negative: Sequence[Tensor | None], joint: int) -> Tensor:
+    """(B, 2 * joint): concat(positive, negative) of unit norm; a missing side is zeros."""
+    zeros = torch.zeros(joint)
+    rows = [
+        torch.cat([zeros if p is None else p, zeros if n is None else n])
+        for p, n in zip(positive, negative, strict=True)
+    ]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)

@@ -1,0 +1,312 @@
+"""Training: splits kept apart, losses equal to their formulas, steps that learn, a whole tiny run."""
+
+import csv
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clapsep import bundle
+from clapsep.config import MINI
+from clapsep.model import ClapSep
+from clapsep.training import corpus, evaluate, losses, split, tokens, vocabulary
+from clapsep.training.data import NONE, Sampler
+
+AUDIO = Path(__file__).parents[2] / "manifests" / "audio"
+RECORDINGS = {"speech_male": "man_speaking", "drums": "drums", "birds": "birds"}
+SOURCES = {
+    "train": "github:some/where@1",
+    "validation": "github:coqui-ai/TTS@1",
+    "test": "github:librosa/data@1",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus in the layout that `prepare` reads: three classes, two source groups each and split."""
+    root = tmp_path_factory.mktemp("recordings")
+    (root / "sample_corpus").mkdir()
+    with (root / "sample_corpus" / "ATTRIBUTION.csv").open("w") as file:
+        file.write("file,class,caption,licence,package,path,credit\n")
+    rows = []
+    for member, name in RECORDINGS.items():
+        samples, rate = soundfile.read(AUDIO / f"{name}.flac")
+        for index, (part, piece) in enumerate(
+            (part, piece) for part in SOURCES for piece in np.array_split(samples, 2)
+        ):
+            path = root / "train_corpus" / member / f"{index}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, piece, rate)
+            rows.append(
+                {
+                    "file": f"{member}/{index}.wav",
+                    "class": member,
+                    "caption": "",
+                    "source": f"{SOURCES[part]}:{index}.wav",
+                    "author": "someone",
+                    "licence": "CC0-1.0",
+                    "url": "https://example.org",
+                    "source_group": f"{member}-{index}",
+                    "orig_rate": rate,
+                }
+            )
+    with (root / "train_corpus" / "ATTRIBUTION.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+@pytest.fixture(scope="module")
+def work(folder, tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    corpus.prepare(folder, work / "corpus", [], [])
+    return work
+
+
+@pytest.fixture(scope="module")
+def prepared(work):
+    return corpus.load(work / "corpus")
+
+
+def sampler(prepared, part="train", seed=0, **augmentation):
+    names = tuple(vocabulary.BY_NAME)
+    return Sampler(prepared, part, names, 80_000, seed, replace(NONE, **augmentation))
+
+
+def decibels(signal, noise):
+    return 10 * torch.log10(signal.square().sum(-1) / noise.square().sum(-1))
+
+
+# --- splits ---------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.sampled_from([*SOURCES.values(), "github:x/y"]), st.sampled_from("abc"))))
+def test_a_group_has_the_strictest_split_of_its_sources(recordings):
+    named = [(split.source_name(source), group) for source, group in recordings]
+    order = ["train", "validation", "test"]
+    for group, found in split.splits(named).items():
+        assert found == max((split.split_of(s, g) for s, g in named if g == group), key=order.index)
+
+
+def test_committed_test_list_shares_nothing_with_training():
+    folder = Path(bundle.__file__).parent / "bundles" / "mini"
+    with (folder / "ATTRIBUTION.csv").open(newline="") as file:
+        learned_from = list(csv.DictReader(file))
+    rows = evaluate.read_test_list()
+    groups = {row["source_group"] for row in learned_from}
+    assert len(rows) >= 300
+    assert len(groups) > 200
+    assert not groups & {group for row in rows for group in (row.target_group, row.interference_group)}
+    assert not {split.source_name(row["source"]) for row in learned_from} & split.TEST_SOURCES
+    assert {row.target_class for row in rows} == set(vocabulary.CLAIMED)
+    assert all(vocabulary.fair(row.target_class, row.interference_class) for row in rows)
+    assert all(row.target_group != row.interference_group for row in rows)
+
+
+def test_vocabulary_is_consistent():
+    names = set(vocabulary.BY_NAME)
+    assert all(pair <= names and len(pair) == 2 for pair in vocabulary.NEIGHBOURS)
+    assert set(vocabulary.SAMPLE_CLASSES.values()) <= set(vocabulary.COARSE_OF)
+    assert len(vocabulary.CLAIMED) >= 8
+    assert set(vocabulary.CLAIMED) <= names
+    for name in vocabulary.CLAIMED:
+        assert any(vocabulary.fair(name, other) for other in vocabulary.CLAIMED)
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_prepared_corpus_holds_the_recordings(folder, prepared):
+    assert len(prepared.clips) == 18
+    clip = prepared.clips[0]
+    expected, rate = soundfile.read(folder / clip.name)
+    assert clip.frames == pytest.approx(len(expected) * 32_000 / rate, abs=1)
+    rms = np.sqrt(np.mean(np.square(expected)))
+    assert np.sqrt(np.mean(np.square(prepared.audio(clip)))) == pytest.approx(rms, rel=0.01)
+
+
+def test_missing_corpus_names_the_command(tmp_path):
+    with pytest.raises(FileNotFoundError, match="prepare"):
+        corpus.load(tmp_path)
+
+
+@pytest.mark.parametrize("spread", [0.0, 5.0])
+def test_mixtures_are_fair_and_keep_the_ratio(prepared, spread):
+    batch = sampler(prepared, snr_db=spread, speed=0.1, eq_db=3.0).mixtures(24)
+    for target, interference in zip(batch.targets, batch.interferences, strict=True):
+        assert vocabulary.fair(target.coarse, interference.coarse)
+        assert target.group != interference.group
+        assert target.split == interference.split == "train"
+    snr = decibels(batch.target, batch.mixture - batch.target)
+    if spread == 0.0:
+        torch.testing.assert_close(snr, torch.zeros(24), atol=1e-3, rtol=0)
+    else:
+        assert snr.std() > 1.0
+        assert snr.abs().max() <= 2 * spread + 1e-3
+
+
+def test_same_seed_same_mixtures(prepared):
+    first, second, other = (
+        sampler(prepared, seed=seed, speed=0.1, eq_db=3.0).mixtures(4).mixture for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_short_recordings_fill_the_window(prepared):
+    draws = sampler(prepared)
+    clip = replace(prepared.clips[0], frames=20_000)
+    window = draws.window(clip)
+    assert len(window) == draws.frames
+    # Pauses last half a second at most, so half of a window is never silent.
+    assert all(np.abs(half).max() > 0 for half in np.array_split(window, 2))
+
+
+def test_both_sides_share_their_bandwidth(prepared):
+    pairs = [(one, other) for one in prepared.clips[:1] for other in prepared.clips[6:7]]
+    narrow = [(replace(one, bandwidth_hz=4000), other) for one, other in pairs]
+    batch = sampler(prepared).mixtures(1, narrow)
+    for side in (batch.target, batch.mixture - batch.target):
+        spectrum = torch.fft.rfft(side[0]).abs().square()
+        above = spectrum[int(4000 / 16_000 * len(spectrum)) + 1 :]
+        assert above.sum() < 1e-6 * spectrum.sum()
+
+
+# --- losses ---------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.05, 5.0))
+@settings(max_examples=25, deadline=None)
+def test_separation_loss_is_its_formula(seed, noise):
+    rng = np.random.default_rng(seed)
+    target = rng.standard_normal((3, 400))
+    estimate = 0.7 * target + noise * rng.standard_normal((3, 400)) + 0.1
+    expected = []
+    for e, t in zip(estimate, target, strict=True):
+        snr = 10 * math.log10(np.dot(t, t) / np.dot(t - e, t - e))
+        e, t = e - e.mean(), t - t.mean()
+        projected = np.dot(e, t) / np.dot(t, t) * t
+        si_snr = 10 * math.log10(np.dot(projected, projected) / np.dot(e - projected, e - projected))
+        expected.append(-0.9 * snr - 0.1 * si_snr)
+    loss = losses.separation_loss(torch.from_numpy(estimate), torch.from_numpy(target))
+    assert float(loss) == pytest.approx(np.mean(expected), abs=1e-4)
+
+
+def test_mask_loss_is_least_at_the_ideal_ratio_mask():
+    wanted, rest = torch.rand(2, 1, 20, 30, generator=torch.Generator().manual_seed(0)).unbind()
+    ideal = wanted / (wanted + rest)
+    least = losses.mask_loss(ideal, wanted, rest)
+    for other in (0.5 * ideal, (ideal + 0.1).clamp(max=1), torch.full_like(ideal, 0.5)):
+        assert losses.mask_loss(other, wanted, rest) > least
+
+
+def test_contrastive_loss_with_single_positives_is_info_nce():
+    generator = torch.Generator().manual_seed(0)
+    audio, text = torch.nn.functional.normalize(torch.randn(2, 8, 16, generator=generator), dim=-1)
+    logits = 10 * audio @ text.T
+    expected = (
+        sum(torch.nn.functional.cross_entropy(side, torch.arange(8)) for side in (logits, logits.T)) / 2
+    )
+    torch.testing.assert_close(
+        losses.contrastive_loss(audio, text, torch.eye(8), torch.tensor(10.0)), expected
+    )
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def test_unknown_words_become_unk_and_case_does_not_matter():
+    tokenizer = tokens.build_tokenizer(["dog", "barking", "a"], 8)
+    assert tokenizer.encode("A dog, barking!").tokens == ["<s>", "a", "dog", "barking", "</s>"]
+    assert tokenizer.encode("a cat").tokens == ["<s>", "a", "<unk>", "</s>"]
+    smaller = tokens.without(tokenizer, ["dog"])
+    assert smaller.encode("a dog").tokens == ["<s>", "<unk>", "dog", "</s>"]
+    assert smaller.encode("dog").ids == tokenizer.encode("dog").ids
+
+
+# --- learning -------------------------------------------------------------------------------------
+
+
+def tiny():
+    encoder = replace(MINI.encoder, embed=8, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8))
+    decoder = replace(MINI.decoder, masker_width=32, masker_heads=4)
+    text = replace(MINI.text, width=16, feed_forward=32)
+    return replace(MINI, joint=16, encoder=encoder, decoder=decoder, text=text)
+
+
+@pytest.mark.parametrize("mask_steps", [0, 1000], ids=["separation loss", "mask loss"])
+def test_training_steps_reduce_the_loss(prepared, mask_steps):
+    from clapsep.clap import Clap
+    from clapsep.training.fit import SeparatorTraining, initialise
+
+    torch.manual_seed(0)
+    config = tiny()
+    model = ClapSep(config)
+    initialise(model, Clap(config))
+    training = SeparatorTraining(model, 10, mask_steps, 3e-3)
+    drawn = sampler(prepared).mixtures(4)
+    condition = torch.nn.functional.normalize(torch.randn(4, config.condition_dim), dim=-1)
+    optimizer = torch.optim.AdamW(training.parameters(), 3e-3)
+    history = []
+    for _ in range(12):
+        loss = training.training_step((drawn.mixture, drawn.target, condition), 0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < history[0] - 0.3
+
+
+def test_texts_are_spread_before_audio_is_heard():
+    from clapsep.clap import Clap
+    from clapsep.training.pretrain import spread_texts
+
+    torch.manual_seed(0)
+    clap = Clap(MINI)
+    tokenizer = tokens.build_tokenizer(vocabulary.words(), 32)
+    texts = [vocabulary.BY_NAME[name].wordings[0] for name in vocabulary.CLAIMED]
+
+    def closeness():
+        with torch.no_grad():
+            embedded = clap.embed_text(*tokens.tokens(tokenizer, texts))
+        return float((embedded @ embedded.T).mean())
+
+    before = closeness()
+    spread_texts(clap, tokenizer, vocabulary.CLAIMED, 60, seed=0)
+    assert before > 0.9
+    assert closeness() < 0.5
+
+
+def test_a_whole_tiny_run(folder, work, prepared, tmp_path, capsys):
+    from clapsep.training.__main__ import main
+
+    common = ["--work", str(work)]
+    main([*common, "pretrain", "--steps", "2", "--batch", "3", "--processes", "1"])
+    main([*common, "fit", "--steps", "2", "--mask-steps", "1", "--batch", "2", "--processes", "1"])
+    main([*common, "export", "--corpus", str(folder), "--bundle", str(tmp_path)])
+    loaded = bundle.load(str(tmp_path))
+    assert loaded.size < 16_000_000
+    assert loaded.card["classes"] == list(vocabulary.CLAIMED)
+    with (tmp_path / "ATTRIBUTION.csv").open(newline="") as file:
+        originals = {(row["source"], row["source_group"]) for row in csv.DictReader(file)}
+    assert {source for source, _ in originals} == {SOURCES["train"], SOURCES["validation"]}
+    rows = evaluate.draw_test_list(prepared, vocabulary.CLAIMED, per_class=1, seed=0)
+    evaluate.write_test_list(rows, tmp_path / "list.csv")
+    assert evaluate.read_test_list(tmp_path / "list.csv") == rows
+    records = evaluate.evaluate(loaded, prepared, rows)
+    summary = evaluate.summarise(records)
+    assert summary["oracle_ratio_mask"]["mean"] > 5 > summary["positive_and_negative_text"]["mean"]
+    assert set(summary["per_class"]) == {"speech", "drums", "birds"}
+    assert "| all, positive text only | 3 |" in evaluate.table(summary)
+
+
+def test_a_corpus_without_the_listed_recordings_is_refused(prepared):
+    with pytest.raises(ValueError, match="--test-bank"):
+        next(evaluate.render(prepared, evaluate.read_test_list()))
