@@ -16,7 +16,7 @@ import soundfile
 import soxr
 
 from clapsep.training import soundfont, vocabulary
-from clapsep.training.split import Split, source_name, splits
+from clapsep.training.split import NEAR_DUPLICATES, Split, source_name, splits
 
 SAMPLE_RATE = 32000
 RENDER_SECONDS = 8.0
@@ -82,6 +82,7 @@ def prepare(folder: Path, cache: Path, train_banks: Sequence[Path], test_banks: 
     """Decode everything under `folder` and render the banks into `cache`; returns the corpus."""
     cache.mkdir(parents=True, exist_ok=True)
     rows = [*_large_corpus(folder / "train_corpus"), *_sample_corpus(folder / "sample_corpus")]
+    rows = [row for row in rows if row[3] not in NEAR_DUPLICATES]
     split_by_group = splits((row[2], row[3]) for row in rows)
     clips: list[Clip] = []
     offset = 0

@@ -52,6 +52,15 @@ VALIDATION_SHARE: Mapping[str, float] = {
     "Tonejs/audio": 0.06,
 }
 
+NEAR_DUPLICATES: frozenset[str] = frozenset(
+    {"smstools-rain", "openttd-opensfx:UNCAT/56.wav", "freesound-87781"}
+)
+"""Source groups of the test split that the training split holds under another name; they are left out.
+
+Found by the normalised cross-correlation (above 0.55, at 4 kHz) of every test recording with every training
+recording of its class; tonal matches between different instruments are chance and were kept.
+"""
+
 
 def source_name(source: str) -> str:
     """`owner/repository` or package of an attribution entry such as `github:owner/repository@commit:path`."""
