@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pretrain.add_argument("--batch", type=int, default=24, help="clips per process and step")
 
     fit = commands.add_parser("fit", help="train the separator; resumes from the work folder")
-    fit.add_argument("--steps", type=int, default=5000)
+    fit.add_argument("--steps", type=int, default=5800)
     fit.add_argument("--mask-steps", type=int, default=400, help="steps that fade out the mask loss")
     fit.add_argument("--batch", type=int, default=8, help="mixtures per process and step")
 

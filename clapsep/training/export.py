@@ -90,7 +90,8 @@ def card(prepared: corpus.Corpus, attribution: Sequence[Mapping[str, str]]) -> d
 
 def _known(name: str) -> tuple[str, ...]:
     coarse = vocabulary.BY_NAME[name]
-    return coarse.wordings + tuple(dict.fromkeys(text for texts in coarse.members.values() for text in texts))
+    members = (texts[0] for texts in coarse.members.values() if texts)
+    return tuple(dict.fromkeys((coarse.wordings[0], *members)))
 
 
 def attributed(prepared: corpus.Corpus, recordings: Path) -> list[dict[str, str]]:
