@@ -38,3 +38,14 @@ report: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.model
 	$(BIN)/python -m benchmarks.startup
+
+# The banks are in Debian's csound-soundfont and fluidr3mono-gm-soundfont; rendering them needs tinysoundfont.
+train-mini: export MALLOC_MMAP_MAX_ := 0
+train-mini: export MALLOC_TRIM_THRESHOLD_ := 17179869184
+train-mini: $(READY)  ## CORPUS=folder TRAIN_BANK=sf_GMbank.sf2 TEST_BANK=FluidR3Mono_GM.sf3: hours on two cores.
+	$(BIN)/python -m clapsep.training prepare --corpus $(CORPUS) \
+		$(TRAIN_BANK:%=--train-bank %) $(TEST_BANK:%=--test-bank %)
+	$(BIN)/python -m clapsep.training pretrain
+	$(BIN)/python -m clapsep.training fit
+	$(BIN)/python -m clapsep.training export --corpus $(CORPUS) --bundle clapsep/bundles/mini
+	$(BIN)/python -m clapsep.training evaluate --bundle clapsep/bundles/mini --card

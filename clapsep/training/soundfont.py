@@ -62,7 +62,7 @@ def render(
     try:
         import tinysoundfont
     except ImportError as error:
-        raise ImportError("rendering a sound bank needs tinysoundfont: pip install tinysoundfont") from error
+        raise ImportError("rendering a sound bank needs tinysoundfont: pip install --no-deps tinysoundfont") from error
     if not bank.is_file():
         raise FileNotFoundError(f"{bank} is not a sound bank file")
     synth = tinysoundfont.Synth(samplerate=SAMPLE_RATE)
