@@ -62,7 +62,8 @@ def render(
     try:
         import tinysoundfont
     except ImportError as error:
-        raise ImportError("rendering a sound bank needs tinysoundfont: pip install --no-deps tinysoundfont") from error
+        fix = "rendering a sound bank needs it: pip install --no-deps tinysoundfont"
+        raise ImportError(f"tinysoundfont is missing; {fix}") from error
     if not bank.is_file():
         raise FileNotFoundError(f"{bank} is not a sound bank file")
     synth = tinysoundfont.Synth(samplerate=SAMPLE_RATE)
