@@ -43,6 +43,7 @@ bench: $(READY)
 train-mini: export MALLOC_MMAP_MAX_ := 0
 train-mini: export MALLOC_TRIM_THRESHOLD_ := 17179869184
 train-mini: $(READY)  ## CORPUS=folder TRAIN_BANK=sf_GMbank.sf2 TEST_BANK=FluidR3Mono_GM.sf3: hours on two cores.
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps tinysoundfont==0.3.7  # its other needs are for playing
 	$(BIN)/python -m clapsep.training prepare --corpus $(CORPUS) \
 		$(TRAIN_BANK:%=--train-bank %) $(TEST_BANK:%=--test-bank %)
 	$(BIN)/python -m clapsep.training pretrain

@@ -1,6 +1,7 @@
 """Recordings rendered from a General MIDI sound bank: random melodies and drum patterns, seeded.
 
-One bank is one source: banks used to train are never used to test. Needs `tinysoundfont` (extra `train`).
+One bank is one source: banks used to train are never used to test. Needs `tinysoundfont`, which
+`make train-mini` installs.
 """
 
 from __future__ import annotations
