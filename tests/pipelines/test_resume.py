@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from clapsep import bundle as bundles
 from pipelines import shards, storage
@@ -250,7 +251,8 @@ def test_a_killed_run_is_continued(rows, random_bundle, tmp_path, model_calls):
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW_RUN, *command],
         cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Sums are split among threads: equal numbers need an equal number of them.
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
