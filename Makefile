@@ -11,7 +11,7 @@ $(READY): requirements.lock setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock -e .
 	touch $@
 
-.PHONY: env lock lint test test-full run-local report bench train-mini clean
+.PHONY: env lock lint test run-local report bench train-mini
 
 env: $(READY)
 
@@ -24,10 +24,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 test: $(READY)
-	$(BIN)/pytest -q -m "not full"
-
-test-full: $(READY)
-	$(BIN)/pytest -q -m full
+	$(BIN)/pytest -q
 
 run-local: $(READY)
 	$(BIN)/python -m pipelines.separate --manifest manifests/sample.csv --output $(OUTPUT) --residuals --report
