@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep.audio import AudioWriter, Recording, Waveform
-from clapsep.engine import Engine, Job
+from clapsep.engine import Engine, Job, Separator
 from clapsep.engine.windows import OverlapAdd
+from clapsep.query import Query
 from tests.clapsep.recordings import CLIPS, PROPERTY, noise
 from tests.clapsep.window_models import (
     CONDITION,
@@ -265,3 +266,19 @@ def test_target_travels_beside_the_mixture(tmp_path: Path) -> None:
     np.testing.assert_array_equal(collected.mixture, noise(40_000, 2, 1)[first : first + 22050])
     target = np.concatenate([block for _, block, _ in collected.blocks])
     np.testing.assert_array_equal(target, noise(40_000, 2, 2)[first : first + 22050])
+
+
+def test_embedded_default_does_not_depend_on_the_batch() -> None:
+    """A recording alone in batches of one, and among others in batches of eight."""
+    separator = Separator.load()
+    condition = separator.condition(Query(["a person speaking"], ["drums"]))
+
+    def stem_of_first(names: list[str], batch: int) -> np.ndarray:
+        sources = [lambda path=CLIPS / name: Recording(path) for name in names]
+        jobs = [Job(name, source, condition, Collector) for name, source in zip(names, sources, strict=True)]
+        return run(Engine(separator.bundle.model, batch_windows=batch), jobs)[names[0]].value.stem
+
+    alone = stem_of_first(["woman_speaking.flac"], batch=1)
+    together = stem_of_first(["woman_speaking.flac", "drums.flac", "violin.flac"], batch=8)
+    assert np.abs(alone).max() > 0.01
+    np.testing.assert_allclose(together, alone, rtol=0, atol=1e-6)
