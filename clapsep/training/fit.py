@@ -25,8 +25,8 @@ from clapsep.decoder import Film
 from clapsep.model import ClapSep
 from clapsep.training.corpus import Corpus
 from clapsep.training.data import NONE, Sampler
+from clapsep.training.loop import cpu_trainer
 from clapsep.training.losses import mask_loss, separation_loss, si_snr
-from clapsep.training.pretrain import Progress
 from clapsep.training.queries import QueryBank, conditions
 
 SEPARATOR = "separator.safetensors"
@@ -139,33 +139,6 @@ def validation_batches(sampler: Sampler, queries: QueryBank, count: int, joint: 
     return DataLoader(TensorDataset(batch.mixture, batch.target, conditions(*texts, joint)), batch_size=20)
 
 
-def trainer(folder: Path, steps: int, processes: int, validate_every: int) -> lightning.Trainer:
-    """Trainer of `processes` one-thread CPU processes: bfloat16, averaged weights, resumable."""
-    return lightning.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed",
-        max_steps=steps,
-        gradient_clip_val=5.0,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        val_check_interval=validate_every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        callbacks=[
-            Progress(25),
-            EMAWeightAveraging(decay=0.998, update_starting_at_step=min(200, steps // 2)),
-            ModelCheckpoint(
-                folder, filename="last", every_n_train_steps=validate_every, enable_version_counter=False
-            ),
-        ],
-    )
-
-
 def fit(
     corpus: Corpus,
     clap: Clap,
@@ -192,8 +165,22 @@ def fit(
     initialise(model, clap)
     if start is not None:
         model.load_state_dict(load_file(start))
-    runner = trainer(folder, steps, processes, validate_every)
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    runner = cpu_trainer(
+        folder,
+        steps,
+        processes,
+        clip=5.0,
+        report_every=25,
+        callbacks=[
+            EMAWeightAveraging(decay=0.998, update_starting_at_step=min(200, steps // 2)),
+            ModelCheckpoint(
+                folder, filename="last", every_n_train_steps=validate_every, enable_version_counter=False
+            ),
+        ],
+        val_check_interval=validate_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+    )
     rank_seed = seed + 1000 * runner.global_rank
     window = clap.config.window_samples
     clips = [clip for found in corpus.of("train", names).values() for clip in found]

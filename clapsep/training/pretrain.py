@@ -20,6 +20,7 @@ from clapsep.spectral import Resampler
 from clapsep.training import vocabulary
 from clapsep.training.corpus import SAMPLE_RATE, Corpus
 from clapsep.training.data import NONE, Sampler
+from clapsep.training.loop import cpu_trainer
 from clapsep.training.losses import contrastive_loss
 from clapsep.training.queries import embed_windows, phrase
 from clapsep.training.tokens import tokens
@@ -141,22 +142,6 @@ def retrieval_accuracy(clap: Clap, tokenizer: Tokenizer, sampler: Sampler, count
     return sum(sampler.names[i] == name for i, name in zip(nearest, names, strict=True)) / count
 
 
-class Progress(lightning.Callback):
-    """One line on standard output every `every` steps, from rank zero: the mean loss since the last line."""
-
-    def __init__(self, every: int) -> None:
-        self.every = every
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
-        self.losses.append(float(outputs["loss"]))
-        if trainer.is_global_zero and trainer.global_step % self.every == 0:
-            mean = sum(self.losses) / len(self.losses)
-            values = "".join(f" {k} {float(v):.3f}" for k, v in trainer.callback_metrics.items())
-            print(f"step {trainer.global_step}/{trainer.max_steps} loss {mean:.3f}{values}", flush=True)
-            self.losses.clear()
-
-
 def pretrain(
     corpus: Corpus,
     config: ModelConfig,
@@ -174,22 +159,7 @@ def pretrain(
     lightning.seed_everything(seed, verbose=False)
     module = TowerTraining(config, tokenizer, steps, learning_rate)
     spread_texts(module.clap, tokenizer, names, SPREAD_STEPS, seed)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed",
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[Progress(20)],
-    )
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    trainer = cpu_trainer(folder, steps, processes, clip=1.0, report_every=20, enable_checkpointing=False)
     rank_seed = seed + 1000 * trainer.global_rank
     sampler = Sampler(corpus, "train", names, config.window_samples, rank_seed)
     trainer.fit(module, DataLoader(ClipBatches(sampler, batch, rank_seed), batch_size=None))
