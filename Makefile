@@ -4,8 +4,6 @@ BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= output
 
-export PYTHONHASHSEED := 0
-
 $(READY): requirements.lock setup.py
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock -e .

@@ -224,7 +224,7 @@ def laion_modules() -> types.ModuleType:
     """laion-clap's `clap_module.htsat`, imported without its package, which downloads at import."""
     spec = importlib.util.find_spec("laion_clap")
     if spec is None or not spec.submodule_search_locations:
-        raise ConvertError("laion-clap is not installed: pip install 'clapsep[laion]'")
+        raise ConvertError("laion-clap is not installed: pip install 'clapsep-beam[laion]'")
     folder = str(next(iter(spec.submodule_search_locations)))
     sys.path.insert(0, folder)
     try:

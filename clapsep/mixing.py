@@ -5,8 +5,7 @@ target keeps its level, and the interference is scaled so that
 
     10 * log10(energy(target) / energy(interference)) = snr_db
 
-over the whole length of the target, all channels together. `mix` does it for arrays (training),
-`Mixture` for files of any length in constant memory (the pipeline).
+over the whole length of the target, all channels together, for files of any length in constant memory.
 """
 
 from __future__ import annotations
@@ -32,22 +31,6 @@ def interference_gain(target_energy: float, interference_energy: float, snr_db: 
             f"positive to mix at {snr_db:g} dB: a silent recording has no signal-to-noise ratio"
         )
     return float(np.sqrt(target_energy / interference_energy) * 10.0 ** (-snr_db / 20.0))
-
-
-def mix(target: np.ndarray, interference: np.ndarray, snr_db: float) -> tuple[np.ndarray, np.ndarray]:
-    """(mixture, scaled interference) of two float arrays of equal shape; mixture = target + interference.
-
-    Raises ValueError for unequal shapes or a silent side.
-    """
-    if target.shape != interference.shape:
-        raise ValueError(f"target {target.shape} and interference {interference.shape} differ in shape")
-    gain = interference_gain(
-        float(np.square(target, dtype=np.float64).sum()),
-        float(np.square(interference, dtype=np.float64).sum()),
-        snr_db,
-    )
-    scaled = (interference * gain).astype(target.dtype)
-    return target + scaled, scaled
 
 
 class Mixture:

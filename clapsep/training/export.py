@@ -29,7 +29,7 @@ BANK_ATTRIBUTION = {
         "title": "sf_GMbank.sf2, a General MIDI sound bank; random melodies and beats rendered from it",
         "author": "not named",
         "licence": "public domain",
-        "url": "https://packages.debian.org/csound-soundfont",
+        "url": "",
         "source_group": "sf_GMbank",
     }
 }

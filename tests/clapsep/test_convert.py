@@ -276,7 +276,7 @@ class TestTokenizer:
 class TestVerify:
     def test_without_laion_clap_it_says_what_to_install(self, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        with pytest.raises(ConvertError, match=r"clapsep\[laion\]"):
+        with pytest.raises(ConvertError, match=r"clapsep-beam\[laion\]"):
             convert.laion_modules()
 
     def test_towers_that_differ_are_not_written(self, published_tiny, tmp_path, monkeypatch):

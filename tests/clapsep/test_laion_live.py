@@ -17,7 +17,7 @@ from tests.golden import CONFIGS, TINY, relative_error
 
 pytestmark = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("laion_clap", "transformers")),
-    reason="needs the extra `laion`: pip install 'clapsep[laion]'",
+    reason="needs the extra `laion`: pip install 'clapsep-beam[laion]'",
 )
 LIMIT = 1e-5
 
