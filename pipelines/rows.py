@@ -173,6 +173,11 @@ def conflict_with_committed(row: Row) -> Row:
     return row.fail(RowError("manifest", "ChangedRow", message, row.id))
 
 
+def place(row: Row) -> tuple[str, int]:
+    """Where the row stands: rows sorted by it are in manifest order."""
+    return row.manifest, row.number
+
+
 def file_name(identifier: str) -> str:
     """A file name (no extension) for an id: distinct for distinct ids, and never a path.
 

@@ -15,10 +15,10 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from clapsep import bundle as bundles
 from pipelines import options, report, runs
+from pipelines.graph import SeparateManifest
 from pipelines.manifest import Manifest, ManifestError, open_manifest
 from pipelines.options import Plan, UsageError
 from pipelines.progress import PROGRESS, ProgressDisplay
-from pipelines.shards import SeparateManifest
 from pipelines.storage import StorageError
 from pipelines.tables import count_committed
 

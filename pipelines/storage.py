@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def write_bytes(uri: str, data: bytes) -> None:
     filesystem, path = open_filesystem(uri)
     try:
         if is_local(filesystem):
-            _replace_local(Path(path), data)
+            _put_local(Path(path), data, os.replace)
         else:
             # One request. An open-write-close commits what was written so far when an exception passes.
             filesystem.pipe_file(path, data)
@@ -86,6 +87,26 @@ def write_bytes(uri: str, data: bytes) -> None:
         raise StorageError(
             f"{uri}: cannot be written ({_line(error)}); give an output that you may write to"
         ) from error
+
+
+def create_bytes(uri: str, data: bytes) -> bool:
+    """Put `data` under `uri` unless something is there; whether it was put. Of several writers one succeeds.
+
+    Raises StorageError.
+    """
+    filesystem, path = open_filesystem(uri)
+    try:
+        if is_local(filesystem):
+            _put_local(Path(path), data, os.link)
+        else:
+            filesystem.pipe_file(path, data, mode="create")
+    except FileExistsError:
+        return False
+    except Exception as error:
+        raise StorageError(
+            f"{uri}: cannot be written ({_line(error)}); give an output that you may write to"
+        ) from error
+    return True
 
 
 def list_files(uri: str) -> list[str]:
@@ -112,12 +133,12 @@ def list_files(uri: str) -> list[str]:
     return sorted(filesystem.unstrip_protocol(name) for name in found)
 
 
-def _replace_local(path: Path, data: bytes) -> None:
+def _put_local(path: Path, data: bytes, publish: Callable[[Path, Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}.part")
     try:
         temporary.write_bytes(data)
-        os.replace(temporary, path)
+        publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

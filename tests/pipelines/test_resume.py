@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from clapsep import bundle as bundles
-from pipelines import shards, storage
+from pipelines import separation, storage
 from pipelines.tables import Shard, read_committed
 from tests.pipelines.conftest import files, run, tables, write_bundle, write_jsonl
 
@@ -51,8 +51,8 @@ def committed(output):
 def test_a_second_run_does_no_work_and_says_so(started, random_bundle, model_calls, monkeypatch, capsys):
     manifest, output = started
     before = files(output)
-    monkeypatch.setattr(shards.bundles, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(shards, "_SHARED_BUNDLE", shards.Shared())
+    monkeypatch.setattr(separation.bundles, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(separation, "_SHARED_BUNDLE", separation.Shared())
     assert run(manifest, output, random_bundle) == 0
     assert model_calls == []
     assert files(output) == before

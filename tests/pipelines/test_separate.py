@@ -15,7 +15,7 @@ import soundfile
 
 from clapsep import bundle as bundles
 from clapsep.metrics import NO_TARGET, REFERENCE_COLUMNS, ReferenceMetrics
-from pipelines import separate, shards
+from pipelines import graph, separate, separation
 from tests.pipelines.conftest import files, run, tables, write_jsonl
 from tests.regenerate import signal
 
@@ -313,8 +313,8 @@ def test_one_model_for_all_shards_and_runs_of_a_process(audio, random_bundle, tm
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     loads = []
     load = bundles.load
-    monkeypatch.setattr(shards.bundles, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
-    monkeypatch.setattr(shards, "_SHARED_BUNDLE", shards.Shared())
+    monkeypatch.setattr(separation.bundles, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr(separation, "_SHARED_BUNDLE", separation.Shared())
     for output in ("one", "two"):
         assert run(manifest, tmp_path / output, random_bundle, "--num-shards", "4") == 0
         assert len({row["shard"] for row in tables(tmp_path / output)[0].values()}) > 1
@@ -329,7 +329,7 @@ def test_the_graph_is_a_straight_line():
 
     pipeline = beam.Pipeline(runner="FnApiRunner")
     plan = Plan("out", 1, Settings(), None, "digest")
-    pipeline | shards.SeparateManifest([Slice("m", "m", "csv"), Slice("n", "n", "csv")], plan)
+    pipeline | graph.SeparateManifest([Slice("m", "m", "csv"), Slice("n", "n", "csv")], plan)
     proto = pipeline.to_runner_api()
     leaves = [t for t in proto.components.transforms.values() if not t.subtransforms and t.spec.urn]
     for transform in leaves:
