@@ -15,8 +15,7 @@ import soxr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clapsep import audio
-from clapsep.audio import AudioError, AudioWriter, StreamResampler
+from clapsep.audio import AudioError, AudioWriter, StreamResampler, Waveform, writing
 from tests.clapsep.recordings import PROPERTY, RATE, noise, read, write
 
 
@@ -71,7 +70,7 @@ def test_what_a_format_cannot_hold_is_refused(
 
 
 def test_wav_stops_at_its_four_gibibytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "_WAV_LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(writing, "_WAV_LIMIT_BYTES", 100_000)
     with pytest.raises(AudioError, match=r"4 GiB.*\.flac or \.w64"):
         write(tmp_path / "long.wav", noise(30_000))
     assert list(tmp_path.iterdir()) == []
@@ -171,6 +170,6 @@ def test_equal_rates_pass_through() -> None:
 @pytest.mark.parametrize("make", [lambda: np.zeros((0, 2)), lambda: np.zeros(5)])
 def test_waveform_without_samples_or_channels_is_an_error(make: Callable[[], np.ndarray]) -> None:
     with pytest.raises(AudioError, match="at least one sample"):
-        audio.Waveform(make(), RATE)
+        Waveform(make(), RATE)
     with pytest.raises(AudioError, match="sample_rate=0"):
-        audio.Waveform(noise(3), 0)
+        Waveform(noise(3), 0)

@@ -1,0 +1,122 @@
+"""One audio file at any URI, decoded block by block."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import fsspec
+import numpy as np
+import soundfile
+from fsspec.implementations.local import LocalFileSystem
+
+from clapsep.audio.blocks import AudioError, block_frames, first_non_finite
+
+# libsndfile gives a FLAC stream of unknown length (encoded to a pipe) as the largest 64-bit integer.
+_UNKNOWN_FRAMES = 1 << 62
+# Encoders that write to a pipe put 0xFFFFFFFF or 0x7FFFF000 where the size belongs: that is no truncation.
+_PLACEHOLDER_BYTES = 0x7FFF0000
+_HEADER_SLACK_BYTES = 8  # careless tools miscount their padding
+_WRONG_SIZE = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
+
+
+class Decoder:
+    """One open audio file: its facts, and its samples as float32 blocks."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._remote: _RemoteFile | None = None
+        self._file: soundfile.SoundFile | None = None
+        try:
+            filesystem, path = fsspec.core.url_to_fs(uri)
+            if not isinstance(filesystem, LocalFileSystem):
+                self._remote = _RemoteFile(filesystem.open(path, "rb"))
+            elif not os.path.exists(path):
+                raise FileNotFoundError(path)
+            elif not os.path.isfile(path):
+                # A FIFO would be waited on for ever.
+                raise OSError("it is not a file")
+            self._file = soundfile.SoundFile(self._remote or path)
+            self._check_length()
+        except Exception as error:
+            # url_to_fs and remote file systems raise whatever their client library does.
+            self.close()
+            if isinstance(error, AudioError):
+                raise
+            if isinstance(error, soundfile.LibsndfileError):
+                problem = f"is not audio libsndfile can read: {error.error_string}"
+            elif isinstance(error, FileNotFoundError):
+                problem = "does not exist; check the URI"
+            else:
+                problem = f"cannot be opened: {type(error).__name__}: {error}"
+            raise self._failure(problem) from error
+        self.sample_rate = self._file.samplerate
+        self.channels = self._file.channels
+        self.frames = self._file.frames
+
+    def close(self) -> None:
+        for opened in (self._file, self._remote):
+            if opened is not None:
+                opened.close()
+
+    def blocks(self, first: int, frames: int) -> Iterator[np.ndarray]:
+        """Yield ``frames`` samples from sample ``first``, float32 (n, channels), all finite."""
+        step = block_frames(self.sample_rate, self.channels)
+        position, end = first, first + frames
+        try:
+            # Some decoders (Opus) start less exactly after a seek, so one that goes nowhere is left out.
+            if self._file.tell() != first:
+                self._file.seek(first)
+            while position < end:
+                block = self._file.read(min(step, end - position), dtype="float32", always_2d=True)
+                if len(block) == 0:
+                    raise self._failure(f"ends at sample {position}, but its header promises {self.frames}")
+                bad = first_non_finite(block)
+                if bad is not None:
+                    where = f"sample {position + bad} ({(position + bad) / self.sample_rate:.6f} s)"
+                    raise self._failure(f"is NaN or infinite at {where}; cut it out by start and duration")
+                yield block
+                position += len(block)
+        except soundfile.LibsndfileError as error:
+            problem = f"cannot be decoded from sample {position}: {error.error_string or 'damaged data'}"
+            raise self._failure(problem) from error
+
+    def _check_length(self) -> None:
+        if self._file.frames >= _UNKNOWN_FRAMES:
+            raise self._failure("does not say in its header how long it is; encode it again to a file")
+        if self._file.frames < 1:
+            raise self._failure("holds no samples")
+        # libsndfile reads a truncated WAV, AIFF, AU or W64 as a shorter one and says so only in its log.
+        for claimed, real in _WRONG_SIZE.findall(self._file.extra_info):
+            if int(real) + _HEADER_SLACK_BYTES < int(claimed) < _PLACEHOLDER_BYTES:
+                raise self._failure(f"is truncated: {real} of {claimed} bytes are there; copy it again")
+
+    def _failure(self, problem: str) -> AudioError:
+        if self._remote is not None and self._remote.error is not None:
+            cause = self._remote.error
+            return AudioError(f"{self.uri!r} could not be fetched: {type(cause).__name__}: {cause}")
+        return AudioError(f"{self.uri!r} {problem}")
+
+
+class _RemoteFile:
+    """A remote file as libsndfile reads it: its C callbacks swallow exceptions, so the last one is kept."""
+
+    def __init__(self, file: Any) -> None:
+        self.tell, self.close = file.tell, file.close
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, count: int) -> bytes:
+        return self._keep_error(b"", self._file.read, count)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._keep_error(-1, self._file.seek, offset, whence)
+
+    def _keep_error(self, fallback: Any, call: Callable[..., Any], *arguments: int) -> Any:
+        try:
+            return call(*arguments)
+        except Exception as error:
+            self.error = error
+            return fallback

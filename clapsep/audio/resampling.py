@@ -1,0 +1,28 @@
+"""Resampling of a stream."""
+
+from __future__ import annotations
+
+import numpy as np
+import soxr
+
+
+class StreamResampler:
+    """Stream ``channels`` from ``from_rate`` to ``to_rate`` (Hz) with soxr HQ, its delay compensated.
+
+    ``n`` samples in give ``n * to_rate / from_rate`` out, to within one sample, however they are cut into
+    blocks. Equal rates pass through untouched. Blocks are float32 (n, channels).
+    """
+
+    def __init__(self, channels: int, from_rate: int, to_rate: int) -> None:
+        self._channels = channels
+        resamples = from_rate != to_rate
+        self._stream = soxr.ResampleStream(from_rate, to_rate, channels, quality="HQ") if resamples else None
+
+    def process(self, block: np.ndarray) -> np.ndarray:
+        """Take ``block`` and return what is ready, possibly nothing."""
+        return block if self._stream is None else self._stream.resample_chunk(np.ascontiguousarray(block))
+
+    def finish(self) -> np.ndarray:
+        """Return the rest; the stream ends here."""
+        empty = np.zeros((0, self._channels), np.float32)
+        return empty if self._stream is None else self._stream.resample_chunk(empty, last=True)

@@ -1,0 +1,134 @@
+"""What can be separated: a file or a segment of it, or samples in memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, closing
+from typing import Any, Protocol
+
+import numpy as np
+
+from clapsep.audio.blocks import AudioError, block_frames, first_non_finite
+from clapsep.audio.decoding import Decoder
+
+
+class Source(AbstractContextManager, Protocol):
+    """A recording to separate: a context manager that streams the mixture and, when there is one, its target.
+
+    ``sample_rate`` (Hz), ``channels`` and ``frames`` (samples per channel, at least 1) are known once it is
+    entered and stay readable after it is left.
+    """
+
+    sample_rate: int
+    channels: int
+    frames: int
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yield ``(mixture, target or None)``, float32 (n, channels), from the start, ``frames`` in all."""
+        ...
+
+
+class Recording:
+    """One audio file, or a segment of it, as a :class:`Source`.
+
+    ``uri`` is a path or any fsspec URI. ``start`` and ``duration`` are in seconds, rounded to whole samples;
+    the default is the whole file. ``target`` is the URI of the clean reference: of the recording's sample
+    rate, channel count and length, cut by the same segment.
+
+    Integer formats are scaled to -1..1; float formats keep values beyond it. :class:`AudioError` on entering:
+    an unreadable, empty or truncated file, a segment outside it, a target that does not fit; while streaming:
+    samples that cannot be decoded or are not finite.
+    """
+
+    def __init__(
+        self, uri: str, start: float = 0.0, duration: float | None = None, target: str | None = None
+    ) -> None:
+        self.uri = os.fspath(uri)
+        self.start = start
+        self.duration = duration
+        self.target = None if target is None else os.fspath(target)
+
+    def __enter__(self) -> Recording:
+        with ExitStack() as opened:
+            self._mixture = opened.enter_context(closing(Decoder(self.uri)))
+            self._target = None
+            if self.target is not None:
+                self._target = opened.enter_context(closing(Decoder(self.target)))
+                self._check_target(self._target)
+            self.sample_rate = self._mixture.sample_rate
+            self.channels = self._mixture.channels
+            self._first, self.frames = self._segment()
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._opened.close()
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """As :meth:`Source.blocks`; may be called again for another pass."""
+        mixture = self._mixture.blocks(self._first, self.frames)
+        if self._target is None:
+            for block in mixture:
+                yield block, None
+        else:
+            yield from zip(mixture, self._target.blocks(self._first, self.frames), strict=True)
+
+    def _segment(self) -> tuple[int, int]:
+        rate, total = self.sample_rate, self._mixture.frames
+        length = f"{self.uri} is {total} samples ({total / rate:.6f} s at {rate} Hz) long"
+        if not (math.isfinite(self.start) and self.start >= 0):
+            raise AudioError(f"start={self.start!r} is not a time in seconds, 0 or later: {length}")
+        first = round(self.start * rate)
+        if first >= total:
+            raise AudioError(f"start={self.start!r} s lies past the end: {length}")
+        if self.duration is None:
+            return first, total - first
+        if not (math.isfinite(self.duration) and round(self.duration * rate) >= 1):
+            raise AudioError(f"duration={self.duration!r} s is less than one sample: {length}")
+        frames = round(self.duration * rate)
+        if first + frames > total:
+            raise AudioError(
+                f"start={self.start!r} s + duration={self.duration!r} s ends at sample {first + frames}, "
+                f"past the end: {length}; shorten duration, or leave it out"
+            )
+        return first, frames
+
+    def _check_target(self, target: Decoder) -> None:
+        for name in ("sample_rate", "channels", "frames"):
+            have, want = getattr(target, name), getattr(self._mixture, name)
+            if have != want:
+                what = f"target {self.target!r} has {name} {have}, its mixture {self.uri!r} has {want}"
+                raise AudioError(f"{what}; they must be equal")
+
+
+class Waveform:
+    """Samples already in memory as a :class:`Source`: ``samples`` (n, channels), ``sample_rate`` in Hz.
+
+    :class:`AudioError` for no samples, or for NaN or infinite ones.
+    """
+
+    def __init__(self, samples: np.ndarray, sample_rate: int) -> None:
+        if samples.ndim != 2 or 0 in samples.shape:
+            raise AudioError(f"a waveform needs at least one sample: shape (n, channels) is {samples.shape}")
+        if sample_rate < 1:
+            raise AudioError(f"sample_rate={sample_rate!r} is not a positive number of Hz")
+        self.sample_rate = sample_rate
+        self.frames, self.channels = samples.shape
+        self._samples = samples
+
+    def __enter__(self) -> Waveform:
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        pass
+
+    def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        step = block_frames(self.sample_rate, self.channels)
+        for i in range(0, self.frames, step):
+            block = self._samples[i : i + step].astype(np.float32)
+            bad = first_non_finite(block)
+            if bad is not None:
+                raise AudioError(f"sample {i + bad} of the waveform is NaN or infinite; cut it out")
+            yield block, None
