@@ -6,6 +6,7 @@ Stage 0 is the deepest, as in the published state dict (`decoder_model`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,10 @@ class Film(nn.Module):
 
 
 class ConditionedProjection(nn.Module):
-    """An encoder feature, projected, modulated by the condition and added to the decoder's state."""
+    """An encoder feature, projected, modulated by the condition and added to the decoder's state.
+
+    `feature_proj` is for the caller to apply: it is the same for all queries of a mixture.
+    """
 
     def __init__(self, condition_dim: int, width: int) -> None:
         super().__init__()
@@ -36,9 +40,9 @@ class ConditionedProjection(nn.Module):
         self.skip_conv = Film(condition_dim, width)
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, feature: Tensor, condition: Tensor, state: Tensor | None = None) -> Tensor:
+    def forward(self, projected: Tensor, condition: Tensor, state: Tensor | None = None) -> Tensor:
         """(B, patches, width), (B, condition_dim), (B, patches, width) or None -> (B, patches, width)."""
-        tokens = self.skip_conv(self.feature_proj(feature), condition)
+        tokens = self.skip_conv(projected, condition)
         return self.norm(tokens if state is None else tokens + state)
 
 
@@ -130,6 +134,22 @@ class Masker(nn.Module):
         return frames
 
 
+class DecoderInputs(NamedTuple):
+    """What the decoder takes from mixtures; it does not depend on the query.
+
+    Attributes:
+        projections: encoder features after their projections, deep to shallow, (B, patches, width) each.
+        frames: (B, frames, masker_width), the magnitude's share of what enters the masker.
+    """
+
+    projections: tuple[Tensor, ...]
+    frames: Tensor
+
+    def at(self, index: Tensor) -> DecoderInputs:
+        """Those of the mixtures numbered by `index`, (N,) int64 in 0..B-1; repeats are allowed."""
+        return DecoderInputs(tuple(p[index] for p in self.projections), self.frames[index])
+
+
 class Decoder(nn.Module):
     """Mask estimator of CLAPSep (arXiv 2402.17455, section 3)."""
 
@@ -156,21 +176,31 @@ class Decoder(nn.Module):
             nn.Linear(width, bins),
         )
 
-    def forward(self, magnitude: Tensor, features: Sequence[Tensor], condition: Tensor) -> Tensor:
-        """Estimate the mask.
+    def prepare(self, magnitude: Tensor, features: Sequence[Tensor]) -> DecoderInputs:
+        """Do what is the same for all queries of a mixture.
 
         Args:
             magnitude: (B, frames, bins) linear magnitude of the mixture.
             features: `Htsat.features` of the mixture, shallow to deep.
-            condition: (B, condition_dim).
-
-        Returns:
-            (B, frames, bins) in 0..1.
         """
-        *skips, deepest = features
-        state = self.film(deepest, condition)
-        for layer, skip, feature in zip(self.layers, self.skip, reversed(skips), strict=True):
-            state = skip(feature, condition, layer(state))
-        mel = self.inverse_patch_embed(state)[:, : magnitude.shape[1]]
+        projections = [
+            projection.feature_proj(feature)
+            for projection, feature in zip((self.film, *self.skip), reversed(features), strict=True)
+        ]
         normalised = self.spec_norm(magnitude.transpose(1, 2)[..., None])[..., 0].transpose(1, 2)
-        return torch.sigmoid(self.mask_net(torch.cat([normalised, mel], dim=-1)))
+        entry = self.mask_net[0]
+        bins = normalised.shape[-1]
+        return DecoderInputs(tuple(projections), F.linear(normalised, entry.weight[:, :bins], entry.bias))
+
+    def forward(self, inputs: DecoderInputs, condition: Tensor) -> Tensor:
+        """Estimate masks, one query for each mixture: (B, condition_dim) -> (B, frames, bins) in 0..1."""
+        deepest, *skips = inputs.projections
+        state = self.film(deepest, condition)
+        for layer, skip, projected in zip(self.layers, self.skip, skips, strict=True):
+            state = skip(projected, condition, layer(state))
+        mel = self.inverse_patch_embed(state)[:, : inputs.frames.shape[1]]
+        entry, *rest = self.mask_net
+        frames = inputs.frames + F.linear(mel, entry.weight[:, -mel.shape[-1] :])
+        for layer in rest:
+            frames = layer(frames)
+        return torch.sigmoid(frames)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep.config import ModelConfig
-from clapsep.decoder import Decoder
+from clapsep.decoder import Decoder, DecoderInputs
 from clapsep.htsat import Htsat
 from clapsep.spectral import Resampler, Stft
 
@@ -25,6 +26,20 @@ class Features(NamedTuple):
     spectrum: Tensor
     magnitude: Tensor
     encoder: tuple[Tensor, ...]
+
+
+class Encoded(NamedTuple):
+    """Mixtures as `ClapSep.decode` takes them, ready for any query.
+
+    Attributes:
+        spectrum: (B, frames, bins) complex64.
+        inputs: what the decoder needs.
+        samples: length of the mixtures.
+    """
+
+    spectrum: Tensor
+    inputs: DecoderInputs
+    samples: int
 
 
 class ClapSep(nn.Module):
@@ -73,12 +88,22 @@ class ClapSep(nn.Module):
 
     def mask(self, features: Features, condition: Tensor) -> Tensor:
         """(B, condition_dim) -> mask (B, frames, bins) in 0..1."""
-        return self.decoder_model(features.magnitude, features.encoder, condition)
+        return self.decoder_model(self.decoder_model.prepare(features.magnitude, features.encoder), condition)
+
+    def encode(self, mixture: Tensor) -> Encoded:
+        """(B, samples), as `features` takes them: all that does not depend on the query."""
+        features = self.features(mixture)
+        inputs = self.decoder_model.prepare(features.magnitude, features.encoder)
+        return Encoded(features.spectrum, inputs, mixture.shape[-1])
+
+    def decode(self, encoded: Encoded, index: Tensor, condition: Tensor) -> Tensor:
+        """Separate mixtures by number, (N,) int64 in 0..B-1, by a (N, condition_dim) each -> (N, samples)."""
+        mask = self.decoder_model(encoded.inputs.at(index), condition)
+        return self.stft.inverse(encoded.spectrum[index] * mask, encoded.samples)
 
     def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
         """(B, samples), (B, condition_dim) -> target (B, samples) with the mixture's phase."""
-        features = self.features(mixture)
-        masked = features.spectrum * self.mask(features, condition)
-        return self.stft.inverse(masked, mixture.shape[-1])
+        every = torch.arange(len(mixture), device=mixture.device)
+        return self.decode(self.encode(mixture), every, condition)
 
     forward = separate

@@ -104,6 +104,8 @@ def run(model: ClapSep, mixture: Tensor, embed: Tensor) -> dict[str, Tensor]:
         tap.input("enc.spec_padded", branch.log_mel)
         tap.input("enc.image", branch.patch_embed)
         tap.output("dec.inverse_patch_embed", decoder.inverse_patch_embed.proj)
+        # Its weight is applied in two parts, so that the one without the query is shared.
+        tap.input("dec.mask_net.0", decoder.mask_net[1])
         features = model.features(mixture)
         mask = model.mask(features, embed)
         predicted = model.separate(mixture, embed)
