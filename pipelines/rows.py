@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,7 +36,7 @@ class RowError:
     value: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One separation job as the manifest states it, or, where `error` is set, one that cannot be.
 
@@ -176,6 +178,17 @@ def conflict_with_committed(row: Row) -> Row:
 def place(row: Row) -> tuple[str, int]:
     """Where the row stands: rows sorted by it are in manifest order."""
     return row.manifest, row.number
+
+
+def pack_rows(rows: Sequence[Row]) -> bytes:
+    """Rows as they travel between workers: neighbours are much alike, so a block of many takes little."""
+    return zlib.compress(pickle.dumps(rows, pickle.HIGHEST_PROTOCOL), level=1)
+
+
+def unpack_rows(blocks: Iterable[bytes]) -> Iterator[Row]:
+    """The rows of some blocks, one block at a time in memory."""
+    for block in blocks:
+        yield from pickle.loads(zlib.decompress(block))
 
 
 def file_name(identifier: str) -> str:

@@ -77,7 +77,7 @@ def run_pipeline(manifest: Manifest, plan: Plan, pipeline_options: PipelineOptio
     PROGRESS.start(manifest.rows)
     with ProgressDisplay():
         pipeline = beam.Pipeline(options=pipeline_options)
-        pipeline | SeparateManifest(manifest.slices, plan)
+        pipeline | SeparateManifest(manifest, plan)
         pipeline.run().wait_until_finish()
 
 

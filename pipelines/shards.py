@@ -12,7 +12,7 @@ from apache_beam.metrics import Metrics
 
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
-from pipelines.rows import Row, conflict_with_committed, place
+from pipelines.rows import Row, conflict_with_committed, place, unpack_rows
 from pipelines.separation import separate_rows
 from pipelines.tables import Shard
 
@@ -29,7 +29,7 @@ class ShardSummary:
 
 
 class SeparateShard(beam.DoFn):
-    """(shard, its rows) to a `ShardSummary`; stems, errors and, last, metrics go to the output.
+    """(shard, its rows in blocks) to a `ShardSummary`; stems, errors and, last, metrics go to the output.
 
     A row that cannot be separated becomes an error row. Where the model cannot be loaded or the tables cannot
     be written, the bundle fails and the shard stays as it was.
@@ -38,11 +38,11 @@ class SeparateShard(beam.DoFn):
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def process(self, element: tuple[int, Iterable[Row]]) -> Iterator[ShardSummary]:
+    def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[ShardSummary]:
         """Bring one shard up to date."""
-        index, rows = element
+        index, blocks = element
         shard = Shard(self._plan.output, index, self._plan.shards)
-        ordered = sorted(rows, key=place)
+        ordered = sorted(unpack_rows(blocks), key=place)
         committed = shard.committed()
         pending = [row for row in ordered if row not in committed]
         pending = [

@@ -324,12 +324,13 @@ def test_one_model_for_all_shards_and_runs_of_a_process(audio, random_bundle, tm
 def test_the_graph_is_a_straight_line():
     import apache_beam as beam
 
-    from pipelines.manifest import Slice
+    from pipelines.manifest import Manifest, Slice
     from pipelines.options import Plan, Settings
 
     pipeline = beam.Pipeline(runner="FnApiRunner")
     plan = Plan("out", 1, Settings(), None, "digest")
-    pipeline | graph.SeparateManifest([Slice("m", "m", "csv"), Slice("n", "n", "csv")], plan)
+    manifest = Manifest("m", (Slice("m", "m", "csv"), Slice("n", "n", "csv")), 2, "digest", ())
+    pipeline | graph.SeparateManifest(manifest, plan)
     proto = pipeline.to_runner_api()
     leaves = [t for t in proto.components.transforms.values() if not t.subtransforms and t.spec.urn]
     for transform in leaves:
@@ -337,7 +338,7 @@ def test_the_graph_is_a_straight_line():
         assert len(transform.outputs) <= 1, transform.unique_name
         assert "read" not in transform.spec.urn, transform.unique_name
     names = {transform.unique_name.split("/")[1] for transform in leaves if "/" in transform.unique_name}
-    assert names == {"Slices", "ReadRows", "GroupById", "MarkDuplicates", "GroupByShard", "SeparateShard"}
+    assert names == {"Slices", "ReadRows", "GroupIds", "MarkDuplicates", "GroupByShard", "SeparateShard"}
 
 
 def test_counters_are_counted_where_beam_sees_them(audio, random_bundle, tmp_path, monkeypatch):
