@@ -88,14 +88,14 @@ def _separate(options: argparse.Namespace) -> int:
     if options.recording in (stem, residual):
         raise UsageError(f"{options.recording!r} would be overwritten; give another --output")
     query, separator = _load(options)
-    from clapsep.engine import Job
+    from clapsep.engine import Job, Request
 
-    job = Job(
-        key=options.recording,
-        source=lambda: Recording(options.recording),
-        condition=separator.condition(query),
+    request = Request(
+        options.recording,
+        separator.condition(query),
         sink=lambda source: StemFiles(source, stem, residual if options.residual else None),
     )
+    job = Job(lambda: Recording(options.recording), (request,))
     started = time.monotonic()
     on_terminal = sys.stderr.isatty()
     (result,) = separator.engine.run([job], _progress_line(seconds, started) if on_terminal else None)

@@ -11,7 +11,6 @@ import importlib.util
 import io
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,10 +18,11 @@ import numpy as np
 
 from clapsep.audio import AudioError, Recording, Source
 from pipelines import runs, storage
+from pipelines.commits import read_committed
 from pipelines.options import UsageError
 from pipelines.rows import SOURCE_COLUMNS
-from pipelines.stems import source_of
-from pipelines.tables import read_committed
+from pipelines.status import failure_lines, group_failures
+from pipelines.stems import DecodedColumns
 
 PICTURE = "report/spectrograms.png"
 LINES = 40
@@ -39,9 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         require_matplotlib()
-        run = runs.read_run(given.output)
-        if run is None:
-            raise runs.RunError(f"{given.output}: holds no {runs.RUN_FILE}; give the --output of a run")
+        runs.require_run(given.output)
         print_report(given.output)
     except (UsageError, runs.RunError, storage.StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -57,20 +55,15 @@ def require_matplotlib() -> None:
 
 def print_report(output: str) -> None:
     """Print the table and its summary, draw the picture, and say where it is. Raises StorageError."""
-    metrics, errors = (table.to_pylist() for table in read_committed(output))
-    print("\n".join(table_lines(metrics)))
-    print("\n".join(error_lines(errors)))
-    chosen = rows_to_draw(metrics)
+    metrics, errors = read_committed(output)
+    rows = metrics.to_pylist()
+    print("\n".join(table_lines(rows)))
+    print("\n".join(failure_lines(group_failures([errors]))))
+    chosen = rows_to_draw(rows)
     if chosen:
         uri = storage.join(output, PICTURE)
         storage.write_bytes(uri, draw(chosen, output))
         print(f"spectrograms of {len(chosen)} rows: {uri}")
-
-
-def print_errors(output: str) -> None:
-    """Print how many rows failed, by stage and type. Raises StorageError."""
-    _, errors = read_committed(output)
-    print("\n".join(error_lines(errors.to_pylist())))
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -89,19 +82,6 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 f"{label}: mean {statistics.fmean(values):.2f} dB, median {statistics.median(values):.2f}, "
                 f"below 0 {worse:.0%}, over {len(values)} rows with a target"
             )
-    return lines
-
-
-def error_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many rows failed, by stage and type, each with an example."""
-    groups = Counter((row["stage"], row["type"]) for row in rows)
-    examples = {(row["stage"], row["type"]): row for row in reversed(rows)}
-    if not rows:
-        return ["no error rows"]
-    lines = ["1 error row:" if len(rows) == 1 else f"{len(rows)} error rows:"]
-    for (stage, kind), count in groups.most_common():
-        row = examples[stage, kind]
-        lines.append(f"  {count} x {stage}/{kind}, e.g. row {row['row']} ({row['id']}): {row['message']}")
     return lines
 
 
@@ -156,8 +136,13 @@ def draw(rows: Sequence[Mapping[str, Any]], output: str) -> bytes:
 
 def _signals(row: Mapping[str, Any], output: str) -> dict[str, np.ndarray]:
     """First channel of the first seconds of everything that there is to show."""
-    with source_of(**{name: row[name] for name in SOURCE_COLUMNS}) as source:
+    decoded = DecodedColumns(*(row[name] for name in SOURCE_COLUMNS))
+    with decoded.source() as source:
         mixture, target = _beginning(source)
+    own_target = decoded.own_target()
+    if own_target is not None:
+        with own_target() as recording:
+            target, _ = _beginning(recording)
     with Recording(storage.join(output, row["stem"])) as recording:
         stem, _ = _beginning(recording)
     signals = {"mixture": mixture, "stem": stem, "residual": mixture - stem}

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from apache_beam.utils.shared import Shared
 
 from clapsep import bundle as bundles
-from clapsep.audio import AudioError
-from clapsep.engine import Engine, Job
-from clapsep.engine.jobs import Stats
+from clapsep.audio import AudioError, Source
+from clapsep.engine import Engine, Job, Request, Stats, fitting_batch
 from clapsep.query import Query, QueryError
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
 from pipelines.rows import QUERY_COLUMNS, SOURCE_COLUMNS, Row, RowError, printable
-from pipelines.stems import StemSink, source_of
+from pipelines.stems import DecodedColumns, StemSink
 from pipelines.tables import Shard, carried_name
 
 # One model per process, however many threads and shards: it must be found by every copy of the DoFn.
-_SHARED_BUNDLE = Shared()
+_SHARED = Shared()
 
 
 class Separated(NamedTuple):
@@ -35,13 +36,13 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
 
     Raises BundleError where the model cannot be loaded.
     """
-    bundle = _acquire(plan)
+    bundle, engine = _acquire(plan)
     jobs, failed = _jobs(rows, shard, plan, bundle)
     PROGRESS.add(errors=len(failed))
-    engine = Engine(bundle.model, hop_seconds=plan.settings.hop_seconds, batch_windows=plan.batch_windows)
     by_id = {row.id: row for row in rows}
     metrics: dict[str, dict[str, Any]] = {}
-    for result in engine.run(jobs, _AudioProgress()):
+    run = engine.run(jobs, _AudioProgress())
+    for result in run:
         row = by_id[result.key]
         if result.error is None:
             metrics[row.id] = _metrics_row(row, shard, plan, bundle, result.value)
@@ -50,14 +51,16 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
             value = row.mixture or f"{row.target}; {row.interference}"
             failed.append(row.fail(_describe(result.stage, result.error, value)))
             PROGRESS.add(errors=1)
-    return Separated([metrics[name] for name in by_id if name in metrics], failed, engine.stats)
+    return Separated([metrics[name] for name in by_id if name in metrics], failed, run.stats)
 
 
 def _jobs(
     rows: Sequence[Row], shard: Shard, plan: Plan, bundle: bundles.Bundle
 ) -> tuple[list[Job], list[Row]]:
-    """A job for each row, and the rows whose query the model refuses."""
-    jobs, refused = [], []
+    """A job for each recording with a request for each of its rows; and the rows whose query is refused."""
+    sources: dict[tuple[object, ...], Callable[[], Source]] = {}
+    requests: defaultdict[tuple[object, ...], list[Request]] = defaultdict(list)
+    refused = []
     for row in rows:
         try:
             query = Query(**{column: getattr(row, column) for column in QUERY_COLUMNS})
@@ -66,15 +69,11 @@ def _jobs(
             value = "; ".join(text for column in QUERY_COLUMNS for text in getattr(row, column))
             refused.append(row.fail(_describe("query", error, value)))
             continue
-        jobs.append(
-            Job(
-                row.id,
-                source=lambda row=row: source_of(**{name: getattr(row, name) for name in SOURCE_COLUMNS}),
-                condition=condition,
-                sink=lambda source, row=row: StemSink(row, plan, shard, source),
-            )
-        )
-    return jobs, refused
+        decoded = DecodedColumns(*(getattr(row, column) for column in SOURCE_COLUMNS))
+        sources.setdefault(decoded.key, decoded.source)
+        sink = partial(StemSink, row, plan, shard)
+        requests[decoded.key].append(Request(row.id, condition, sink, decoded.own_target()))
+    return [Job(source, tuple(requests[key])) for key, source in sources.items()], refused
 
 
 def _metrics_row(
@@ -105,18 +104,30 @@ class _AudioProgress:
         self._seen = seconds
 
 
-def _acquire(plan: Plan) -> bundles.Bundle:
-    def load() -> bundles.Bundle:
-        bundle = bundles.load(plan.bundle, plan.device, allow_unfamiliar=plan.settings.allow_unfamiliar)
+def _acquire(plan: Plan) -> tuple[bundles.Bundle, Engine]:
+    settings = plan.settings
+
+    def load() -> tuple[bundles.Bundle, Engine]:
+        bundle = bundles.load(plan.bundle, plan.device, allow_unfamiliar=settings.allow_unfamiliar)
         if bundle.digest != plan.bundle_digest:
             raise bundles.BundleError(
                 f"{plan.bundle or 'the embedded bundle'}: this worker has {bundle.digest[:12]}, the run was "
                 f"started with {plan.bundle_digest[:12]}; install the same version on every worker"
             )
-        return bundle
+        windows = (
+            plan.batch_windows
+            or fitting_batch(bundle.model, bundle.config.condition_dim, bundle.device).windows
+        )
+        return bundle, Engine(bundle.model, hop_seconds=settings.hop_seconds, batch_windows=windows)
 
-    tag = f"{plan.bundle_digest} {plan.device} {plan.settings.allow_unfamiliar}"
-    return _SHARED_BUNDLE.acquire(load, tag=tag)
+    facts = (
+        plan.bundle_digest,
+        plan.device,
+        settings.allow_unfamiliar,
+        settings.hop_seconds,
+        plan.batch_windows,
+    )
+    return _SHARED.acquire(load, tag=repr(facts))
 
 
 def _describe(stage: str, error: Exception, value: str) -> RowError:

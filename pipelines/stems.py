@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,18 +17,33 @@ from pipelines.rows import Row, file_name
 from pipelines.tables import Shard
 
 
-def source_of(
-    mixture: str | None,
-    target: str | None,
-    interference: str | None,
-    snr_db: float | None,
-    start: float | None,
-    duration: float | None,
-) -> Source:
-    """What a row with these columns asks to separate: a recording, or a mixture made on the fly."""
-    if mixture is not None:
-        return Recording(mixture, start=start or 0.0, duration=duration, target=target)
-    return Mixture(target, interference, snr_db or 0.0, start=start or 0.0, duration=duration)
+class DecodedColumns(NamedTuple):
+    """The columns of a row that say which samples it is about."""
+
+    mixture: str | None
+    target: str | None
+    interference: str | None
+    snr_db: float | None
+    start: float | None
+    duration: float | None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What rows share that ask for stems of the same samples."""
+        return self if self.mixture is None else (self.mixture, self.start, self.duration)
+
+    def source(self) -> Source:
+        """What is to be separated: a recording, or a mixture made on the fly."""
+        start = self.start or 0.0
+        if self.mixture is None:
+            return Mixture(self.target, self.interference, self.snr_db or 0.0, start, self.duration)
+        return Recording(self.mixture, start, self.duration)
+
+    def own_target(self) -> Callable[[], Source] | None:
+        """The clean reference, where the source does not bring it along."""
+        if self.mixture is None or self.target is None:
+            return None
+        return lambda: Recording(self.target, self.start or 0.0, self.duration)
 
 
 class StemSink:

@@ -34,31 +34,23 @@ class Recording:
     """One audio file, or a segment of it, as a :class:`Source`.
 
     ``uri`` is a path or any fsspec URI. ``start`` and ``duration`` are in seconds, rounded to whole samples;
-    the default is the whole file. ``target`` is the URI of the clean reference: of the recording's sample
-    rate, channel count and length, cut by the same segment.
+    the default is the whole file.
 
     Integer formats are scaled to -1..1; float formats keep values beyond it. :class:`AudioError` on entering:
-    an unreadable, empty or truncated file, a segment outside it, a target that does not fit; while streaming:
-    samples that cannot be decoded or are not finite.
+    an unreadable, empty or truncated file, a segment outside it; while streaming: samples that cannot be
+    decoded or are not finite.
     """
 
-    def __init__(
-        self, uri: str, start: float = 0.0, duration: float | None = None, target: str | None = None
-    ) -> None:
+    def __init__(self, uri: str, start: float = 0.0, duration: float | None = None) -> None:
         self.uri = os.fspath(uri)
         self.start = start
         self.duration = duration
-        self.target = None if target is None else os.fspath(target)
 
     def __enter__(self) -> Recording:
         with ExitStack() as opened:
-            self._mixture = opened.enter_context(closing(Decoder(self.uri)))
-            self._target = None
-            if self.target is not None:
-                self._target = opened.enter_context(closing(Decoder(self.target)))
-                self._check_target(self._target)
-            self.sample_rate = self._mixture.sample_rate
-            self.channels = self._mixture.channels
+            self._decoder = opened.enter_context(closing(Decoder(self.uri)))
+            self.sample_rate = self._decoder.sample_rate
+            self.channels = self._decoder.channels
             self._first, self.frames = self._segment()
             self._opened = opened.pop_all()
         return self
@@ -68,15 +60,11 @@ class Recording:
 
     def blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """As :meth:`Source.blocks`; may be called again for another pass."""
-        mixture = self._mixture.blocks(self._first, self.frames)
-        if self._target is None:
-            for block in mixture:
-                yield block, None
-        else:
-            yield from zip(mixture, self._target.blocks(self._first, self.frames), strict=True)
+        for block in self._decoder.blocks(self._first, self.frames):
+            yield block, None
 
     def _segment(self) -> tuple[int, int]:
-        rate, total = self.sample_rate, self._mixture.frames
+        rate, total = self.sample_rate, self._decoder.frames
         length = f"{self.uri} is {total} samples ({total / rate:.6f} s at {rate} Hz) long"
         if not (math.isfinite(self.start) and self.start >= 0):
             raise AudioError(f"start={self.start!r} is not a time in seconds, 0 or later: {length}")
@@ -94,13 +82,6 @@ class Recording:
                 f"past the end: {length}; shorten duration, or leave it out"
             )
         return first, frames
-
-    def _check_target(self, target: Decoder) -> None:
-        for name in ("sample_rate", "channels", "frames"):
-            have, want = getattr(target, name), getattr(self._mixture, name)
-            if have != want:
-                what = f"target {self.target!r} has {name} {have}, its mixture {self.uri!r} has {want}"
-                raise AudioError(f"{what}; they must be equal")
 
 
 class Waveform:

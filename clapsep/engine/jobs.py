@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,17 +14,23 @@ from clapsep.audio import Source
 
 
 class WindowModel(Protocol):
-    """Separates windows of `window` samples at `sample_rate` Hz, on the device of the conditions."""
+    """Separates windows of `window` samples at `sample_rate` Hz, on the device of the conditions.
+
+    Every window and every query by itself: what else is in a batch changes nothing but rounding.
+    """
 
     sample_rate: int
     window: int
 
-    def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
-        """(B, window) float32 mixtures and (B, D) conditions to (B, window) stems, each row by itself."""
+    def encode(self, mixture: Tensor) -> Any:
+        """(B, window) float32 mixtures, as `decode` takes them."""
+
+    def decode(self, encoded: Any, index: Tensor, condition: Tensor) -> Tensor:
+        """Stems (N, window) of the mixtures numbered by `index`, (N,) int64, for conditions (N, D)."""
 
 
 class Sink(Protocol):
-    """Takes the stem of one job; called by one thread at a time."""
+    """Takes the stem of one request; called by one thread at a time."""
 
     def write(self, mixture: np.ndarray, target: np.ndarray | None, stem: np.ndarray) -> None:
         """The next samples, float32 (n, channels) each, at the source's rate; all of them in the end."""
@@ -32,28 +39,40 @@ class Sink(Protocol):
         """Publish. What it returns becomes `Result.value`."""
 
     def abort(self) -> None:
-        """Leave nothing behind: the job was given up or failed, perhaps in this sink."""
+        """Leave nothing behind: the request was given up or failed, perhaps in this sink."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One stem of a recording, by the query embedding `condition`, (D,).
+
+    `sink` is called in an encode thread with the source that was entered, `target` in a decode thread: it
+    streams the clean reference, by default what the recording itself was mixed from, if that is known.
+    """
+
+    key: str
+    condition: Tensor
+    sink: Callable[[Source], Sink]
+    target: Callable[[], Source] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One separation by the query embedding `condition`, (D,).
+    """One recording, decoded and encoded once, and the stems asked of it.
 
-    `source` is called in a decode thread, `sink` in an encode thread, with the source that was entered.
+    `source` is called in a decode thread.
     """
 
-    key: str
     source: Callable[[], Source]
-    condition: Tensor
-    sink: Callable[[Source], Sink]
+    requests: tuple[Request, ...]
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a job ended: with the `value` its sink returned, or with an `error` in a `stage`.
+    """How a request ended: with the `value` its sink returned, or with an `error` in a `stage`.
 
-    Stages: "decode" (the source), "separate" (the model), "encode" (joining the stem, making the sink and
-    writing to it), "write" (closing it).
+    Stages: "decode" (the source, the target), "separate" (the model), "encode" (joining the stem, making the
+    sink and writing to it), "write" (closing it).
     """
 
     key: str
@@ -64,8 +83,26 @@ class Result:
 
 @dataclass
 class Stats:
-    """Totals of an engine: windows (of one channel) and batches run, seconds of audio given to sinks."""
+    """Totals of a run.
+
+    Attributes:
+        windows: windows of one channel that the model encoded.
+        stems: stems of such windows that it decoded; more than `windows` where queries share a recording.
+        silent: windows of one channel that were digital silence and not run.
+        repeated: stems of windows that had been separated before, same samples and same query, and not run.
+        batches: calls of the encoder.
+        batch_fill: how many of these were how full, in percent of the batch size at that time.
+        oom_splits: how often a batch was halved for lack of memory.
+        model_seconds: wall time in the model, s.
+        audio_seconds: audio given to sinks, s.
+    """
 
     windows: int = 0
+    stems: int = 0
+    silent: int = 0
+    repeated: int = 0
     batches: int = 0
+    batch_fill: Counter[int] = field(default_factory=Counter)
+    oom_splits: int = 0
+    model_seconds: float = 0.0
     audio_seconds: float = 0.0

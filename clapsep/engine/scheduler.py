@@ -1,31 +1,28 @@
 """Many recordings through one model: decoding ahead of it, encoding behind it, batches across recordings.
 
-Decode threads open sources and cut windows. The thread that iterates `Engine.run` is the only one to call
-the model. Encode threads join the stems and feed the sinks. Which windows share a batch depends on the jobs
-and the settings alone, never on timing, so that the same run gives the same bytes.
+Decode threads open sources and cut windows. The thread that iterates a run is the only one of it to call the
+model. Encode threads join the stems and feed the sinks. Which windows share a batch depends on the jobs and
+the settings alone, never on timing, so that the same run gives the same bytes.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from clapsep.audio import AudioError, Source
-from clapsep.engine.jobs import Job, Result, Sink, Stats, WindowModel
-from clapsep.engine.windows import Framing, StemJoiner, WindowCutter
-
-logger = logging.getLogger(__name__)
+from clapsep.audio import AudioError
+from clapsep.engine.batches import Batcher, BatchSize, Window, fingerprint
+from clapsep.engine.jobs import Job, Result, Stats, WindowModel
+from clapsep.engine.tasks import Output, Targets, Task
+from clapsep.engine.windows import Framing, WindowCutter
 
 
 class Engine:
-    """Runs jobs through a window model.
+    """Runs jobs through a window model; several runs at a time, from as many threads, take turns at it.
 
     Args:
         model: see `WindowModel`.
@@ -34,8 +31,10 @@ class Engine:
         batch_windows: windows (of one channel) in a model call.
         decode_threads: threads ahead of the model; windows of as many jobs take turns in the batches.
         encode_threads: threads behind the model.
-        ahead_seconds: most seconds of audio, times channels, between decoder and sink, or those of one batch
-            where that is more. It bounds memory.
+        ahead_seconds: most seconds of audio, times channels, between decoder and sink, or those of two
+            batches where that is more. Half of a second is its mixture, and each stem is a half. It bounds
+            memory.
+        repeat_bytes: stems kept in case their window comes again in the same run, bytes.
 
     Raises ValueError for a setting out of range.
     """
@@ -49,6 +48,7 @@ class Engine:
         decode_threads: int = 2,
         encode_threads: int = 2,
         ahead_seconds: float = 240.0,
+        repeat_bytes: int = 1 << 27,
     ) -> None:
         rate, window = model.sample_rate, model.window
         hop = window * 3 // 4 if hop_seconds is None else round(hop_seconds * rate)
@@ -58,71 +58,55 @@ class Engine:
             raise ValueError("batch_windows, decode_threads and encode_threads must each be at least 1")
         self.model = model
         self.framing = Framing(rate, window, hop)
-        self.batch_windows = batch_windows
+        self.batch_size = BatchSize(batch_windows)
         self.decode_threads = decode_threads
         self.encode_threads = encode_threads
         self.ahead_seconds = ahead_seconds
-        self.stats = Stats()
+        self.repeat_bytes = repeat_bytes
 
-    def run(self, jobs: Iterable[Job], progress: Callable[[float], None] | None = None) -> Iterator[Result]:
-        """Yield one result for each job, as it is completed; a job that fails disturbs no other.
+    def run(self, jobs: Iterable[Job], progress: Callable[[float], None] | None = None) -> Run:
+        """One result for each request, as it is completed; one that fails disturbs no other.
 
         `jobs` is iterated in the decode threads, one at a time, and must not wait for results; an exception
-        of its own ends the run. `progress` is called with the seconds of audio given to sinks so far. Closing
-        the iterator early ends the threads and aborts the open sinks.
+        of its own ends the run. `progress` is called with the seconds of stems given to sinks so far.
         """
-        run = _Run(self, jobs)
-        try:
-            yield from run.results(progress)
-        finally:
-            run.close()
+        return Run(self, jobs, progress)
 
 
-@dataclass(eq=False)
-class _Window:
-    """One window of all channels: `mixture` and `stem` are (channels, window), `unrun` counts channels."""
+class Run(Iterator[Result]):
+    """The results of a run, which begins with the first of them; `stats` grows as it goes on.
 
-    task: _Task
-    mixture: np.ndarray
-    valid: int
-    seconds: float
-    stem: np.ndarray
-    unrun: int
+    Closing it early ends the threads and aborts the open sinks.
+    """
 
+    def __init__(self, engine: Engine, jobs: Iterable[Job], progress: Callable[[float], None] | None) -> None:
+        self.stats = Stats()
+        self._results = _Scheduler(engine, jobs, self.stats).results(progress)
 
-class _Task:
-    """A job on its way. Attributes from `ready` on are guarded by the run's lock."""
+    def __next__(self) -> Result:
+        return next(self._results)
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.source: Source | None = None
-        self.sink: Sink | None = None
-        self.joiner: StemJoiner | None = None
-        # Decoded blocks wait here for their stem: decoding appends, encoding takes.
-        self.blocks: deque[tuple[np.ndarray, np.ndarray | None]] = deque()
-        self.ready: deque[_Window] = deque()
-        self.separated: deque[_Window] = deque()
-        self.unencoded = 0
-        self.decoded = False
-        self.decode_error: Exception | None = None
-        self.failure: Result | None = None
-        self.encoding = False
+    def close(self) -> None:
+        """End the run now."""
+        self._results.close()
 
 
 class _AbandonedError(Exception):
-    """There is no use in decoding on: the task has failed, or the run is closed."""
+    """There is no use in decoding on: nobody waits for the task any more, or the run is closed."""
 
 
-class _Run:
-    def __init__(self, engine: Engine, jobs: Iterable[Job]) -> None:
+class _Scheduler:
+    def __init__(self, engine: Engine, jobs: Iterable[Job], stats: Stats) -> None:
         self.engine = engine
+        self.stats = stats
+        self.batcher = Batcher(engine.model, engine.batch_size, engine.repeat_bytes, stats)
         self.jobs = iter(jobs)
         self.jobs_lock = threading.Lock()
         self.jobs_error: Exception | None = None
         self.changed = threading.Condition()
-        self.upcoming: deque[_Task] = deque()
-        self.turns: deque[_Task] = deque()
-        self.unsettled: set[_Task] = set()
+        self.upcoming: deque[Task] = deque()
+        self.turns: deque[Task] = deque()
+        self.unsettled: set[Task] = set()
         self.exhausted = False
         self.stopped = False
         self.ahead = 0.0
@@ -137,90 +121,68 @@ class _Run:
     # The thread that iterates.
 
     def results(self, progress: Callable[[float], None] | None) -> Iterator[Result]:
-        for decoder in self.decoders:
-            decoder.start()
-        rows: list[tuple[_Window, int]] = []
-        reported = 0.0
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.collect(rows) or self.settled or self.finished())
-                if self.jobs_error is not None:
-                    raise self.jobs_error
-                batch_is_due = self.collect(rows)
-                settled = [self.settled.popleft() for _ in range(len(self.settled))]
-                delivered, finished = self.delivered, self.finished()
-            self.engine.stats.audio_seconds += delivered - reported
-            if progress is not None and delivered > reported:
-                progress(delivered)
-            reported = delivered
-            yield from settled
-            if batch_is_due:
-                batch = rows[: self.engine.batch_windows]
-                del rows[: self.engine.batch_windows]
-                self.separate(batch)
-            elif finished:
-                return
+        try:
+            for decoder in self.decoders:
+                decoder.start()
+            reported = 0.0
+            while True:
+                with self.changed:
+                    self.changed.wait_for(lambda: self.collect() or self.settled or self.finished())
+                    if self.jobs_error is not None:
+                        raise self.jobs_error
+                    batch_is_due = self.collect()
+                    settled = [self.settled.popleft() for _ in range(len(self.settled))]
+                    delivered, finished = self.delivered, self.finished()
+                self.stats.audio_seconds = delivered
+                if progress is not None and delivered > reported:
+                    progress(delivered)
+                reported = delivered
+                yield from settled
+                if batch_is_due:
+                    complete = self.batcher.run()
+                    with self.changed:
+                        for window in complete:
+                            self.pass_on(window)
+                elif finished:
+                    return
+        finally:
+            self.close()
 
     def finished(self) -> bool:
         return self.jobs_error is not None or (self.exhausted and not self.unsettled)
 
-    def collect(self, rows: list[tuple[_Window, int]]) -> bool:
-        """Add to `rows` what is next in turn; true once they make a batch, or the last, smaller one."""
-        while len(rows) < self.engine.batch_windows:
+    def collect(self) -> bool:
+        """Give the batcher what is next in turn; true once it has a batch, or the last, smaller one."""
+        while not self.batcher.is_full:
             while self.upcoming and len(self.turns) < self.engine.decode_threads:
                 self.turns.append(self.upcoming.popleft())
                 self.changed.notify_all()
             if len(self.turns) < self.engine.decode_threads and not self.exhausted:
                 return False
             if not self.turns:
-                return bool(rows)
+                return len(self.batcher) > 0
             task = self.turns[0]
             if task.ready:
                 window = task.ready.popleft()
-                rows.extend((window, channel) for channel in range(len(window.mixture)))
+                if self.batcher.add(window):
+                    self.pass_on(window)
                 self.turns.rotate(-1)
                 self.changed.notify_all()
             elif task.decoded:
                 self.turns.popleft()
                 if task.decode_error is not None:
-                    self.fail(task, task.decode_error, "decode")
+                    self.fail(task, task.outputs, task.decode_error, "decode")
             else:
                 return False
         return True
 
-    def separate(self, rows: list[tuple[_Window, int]]) -> None:
-        try:
-            stems = self.forward(rows)
-        except Exception as error:
-            if len(rows) > 1:  # what fails with one window must not fail its neighbours
-                logger.warning("a batch of %d windows failed, trying its halves: %r", len(rows), error)
-                self.separate(rows[: len(rows) // 2])
-                self.separate(rows[len(rows) // 2 :])
-                return
-            stems = [error]
-        with self.changed:
-            for (window, channel), stem in zip(rows, stems, strict=True):
-                if isinstance(stem, Exception):
-                    self.fail(window.task, stem, "separate")
-                else:
-                    window.stem[channel] = stem
-                window.unrun -= 1
-                if window.unrun == 0:
-                    window.task.separated.append(window)
-                    self.behind += 1
-                    self.encode_soon(window.task)
-
-    def forward(self, rows: list[tuple[_Window, int]]) -> list[np.ndarray | Exception]:
-        mixture = torch.from_numpy(np.stack([window.mixture[channel] for window, channel in rows]))
-        condition = torch.stack([window.task.job.condition for window, _ in rows])
-        with torch.inference_mode():
-            output = self.engine.model.separate(mixture.to(condition.device), condition).float().cpu().numpy()
-        if output.shape != mixture.shape:
-            raise ValueError(f"the model made {output.shape} of windows {tuple(mixture.shape)}")
-        self.engine.stats.windows += len(rows)
-        self.engine.stats.batches += 1
-        not_finite = ArithmeticError("the model gave NaN or infinite samples")
-        return [stem if np.isfinite(stem).all() else not_finite for stem in output]
+    def pass_on(self, window: Window) -> None:
+        task = window.owner
+        for number, error in window.errors.items():
+            self.fail(task, [task.outputs[number]], error, "separate")
+        task.separated.append(window)
+        self.behind += 1
+        self.encode_soon(task)
 
     def close(self) -> None:
         with self.changed:
@@ -231,7 +193,8 @@ class _Run:
                 decoder.join()
         self.encoders.shutdown(cancel_futures=True)
         for task in self.unsettled:
-            self.abort(task)
+            for output in task.outputs:
+                output.abort()
 
     # Decode threads.
 
@@ -247,14 +210,14 @@ class _Run:
                 self.encode_soon(task)
                 self.changed.notify_all()
 
-    def next_task(self) -> _Task | None:
+    def next_task(self) -> Task | None:
         with self.jobs_lock:
             if self.stopped or self.exhausted:
                 return None
             task = None
             try:
                 job = next(self.jobs, None)
-                task = None if job is None else _Task(job)
+                task = None if job is None else Task(job)
             except Exception as error:
                 self.jobs_error = error
             with self.changed:
@@ -266,134 +229,160 @@ class _Run:
                 self.changed.notify_all()
             return task
 
-    def decode_task(self, task: _Task) -> None:
+    def decode_task(self, task: Task) -> None:
         with task.job.source() as source:
             task.source = source
             cutter = WindowCutter(self.engine.framing, source.channels, source.sample_rate)
             frames = 0
-            for mixture, target in source.blocks():
-                frames += len(mixture)
-                task.blocks.append((mixture, target))
-                for window in cutter.push(mixture):
-                    self.admit(task, *window)
+            with Targets(task, lambda output, error: self.fail_one(task, output, error, "decode")) as targets:
+                for mixture, target in source.blocks():
+                    frames += len(mixture)
+                    task.blocks.append((mixture, targets.read(len(mixture), target)))
+                    for window in cutter.push(mixture):
+                        self.admit(task, *window)
             if frames != source.frames:
-                raise AudioError(f"{task.job.key}: the source gave {frames} of its {source.frames} samples")
+                raise AudioError(f"the source gave {frames} of its {source.frames} samples")
             for window in cutter.finish():
                 self.admit(task, *window)
 
-    def admit(self, task: _Task, mixture: np.ndarray, valid: int) -> None:
+    def admit(self, task: Task, mixture: np.ndarray, valid: int) -> None:
         framing = self.engine.framing
-        seconds = len(mixture) * framing.hop / framing.sample_rate
+        # A half for the mixture and a half for each stem.
+        seconds = len(mixture) * framing.hop / framing.sample_rate * (1 + len(task.outputs)) / 2
+        two_batches = 2 * self.engine.batch_size.windows * seconds / len(mixture)
+        window = Window(
+            task,
+            task.queries,
+            mixture,
+            valid,
+            seconds,
+            tuple(fingerprint(channel) if channel.any() else None for channel in mixture),
+        )
 
         def may_enter() -> bool:
-            if self.stopped or task.failure is not None:
+            if self.stopped or not task.is_wanted:
                 raise _AbandonedError
             # The model may be waiting for this very task while nothing behind it is left to make room.
             is_awaited = task in self.turns and not task.ready and self.behind == 0
-            return is_awaited or self.ahead + seconds <= self.engine.ahead_seconds
+            return is_awaited or self.ahead + seconds <= max(self.engine.ahead_seconds, two_batches)
 
         with self.changed:
             self.changed.wait_for(may_enter)
             self.ahead += seconds
             task.unencoded += 1
-            task.ready.append(_Window(task, mixture, valid, seconds, np.empty_like(mixture), len(mixture)))
+            task.ready.append(window)
             self.changed.notify_all()
 
     # Encode threads. A task is in one of them at a time.
 
-    def encode_soon(self, task: _Task) -> None:
+    def encode_soon(self, task: Task) -> None:
         if not task.encoding and not self.stopped:
             task.encoding = True
             self.encoders.submit(self.encode, task)
 
-    def encode(self, task: _Task) -> None:
+    def encode(self, task: Task) -> None:
         while True:
             with self.changed:
                 if self.stopped:
                     return
                 window = task.separated.popleft() if task.separated else None
-                has_come_through = task.decoded and task.unencoded == 0
-                ends_well = has_come_through and task.failure is None and task.decode_error is None
-                ends_badly = has_come_through and task.failure is not None
-                if window is None and not ends_well and not ends_badly:
+                ends = window is None and task.has_come_through
+                failed = [output for output in task.outputs if output.failure and not output.settled]
+                if window is None and not ends and not failed:
                     task.encoding = False
                     return
+            for output in failed:
+                output.abort()
+                self.settle(output, output.failure)
             if window is not None:
-                if task.failure is None:
-                    self.encode_window(task, window)
+                self.encode_window(task, window)
                 with self.changed:
                     self.behind -= 1
                     self.drop(window)
-            elif ends_badly:
-                self.abort(task)
-                self.settle(task, task.failure)
-                return
-            elif self.finish(task):
-                return
+            elif ends and not failed:
+                self.finish(task)
+                if task.is_settled:
+                    with self.changed:
+                        self.unsettled.discard(task)
+                        self.changed.notify_all()
+                    return
 
-    def encode_window(self, task: _Task, window: _Window) -> None:
+    def encode_window(self, task: Task, window: Window) -> None:
+        if not task.is_wanted:
+            task.blocks.clear()
+            return
         try:
-            source = task.source
-            if task.sink is None:
-                task.joiner = StemJoiner(
-                    self.engine.framing, source.channels, source.sample_rate, source.frames
-                )
-                task.sink = task.job.sink(source)
-            self.deliver(task, task.joiner.add(window.stem, window.valid))
+            if task.joiner is None:
+                self.open(task)
+            self.deliver(task, task.join(window))
         except Exception as error:
             with self.changed:
-                self.fail(task, error, "encode")
+                self.fail(task, task.outputs, error, "encode")
 
-    def finish(self, task: _Task) -> bool:
-        stage = "encode"
+    def open(self, task: Task) -> None:
+        task.open_joiner(self.engine.framing)
+        for output in task.outputs:
+            if output.failure is None:
+                try:
+                    output.sink = output.request.sink(task.source)
+                except Exception as error:
+                    self.fail_one(task, output, error, "encode")
+
+    def deliver(self, task: Task, stems: np.ndarray) -> None:
+        for mixture, targets, by_output in task.take(stems):
+            for output, target, stem in zip(task.outputs, targets, by_output, strict=True):
+                if output.failure is not None:
+                    continue
+                try:
+                    output.sink.write(mixture, target, stem)
+                except Exception as error:
+                    self.fail_one(task, output, error, "encode")
+                else:
+                    with self.changed:
+                        self.delivered += len(stem) / task.source.sample_rate
+
+    def finish(self, task: Task) -> None:
+        if not task.is_wanted:
+            return
         try:
             self.deliver(task, task.joiner.finish())
-            stage = "write"
-            value = task.sink.close()
         except Exception as error:
             with self.changed:
-                self.fail(task, error, stage)
-            return False
-        self.settle(task, Result(task.job.key, value))
-        return True
+                self.fail(task, task.outputs, error, "encode")
+        for output in task.outputs:
+            if output.failure is None:
+                try:
+                    value = output.sink.close()
+                except Exception as error:
+                    self.fail_one(task, output, error, "write")
+                else:
+                    self.settle(output, Result(output.request.key, value))
 
-    def deliver(self, task: _Task, stem: np.ndarray) -> None:
-        while len(stem) > 0:
-            mixture, target = task.blocks.popleft()
-            n = min(len(mixture), len(stem))
-            if n < len(mixture):
-                task.blocks.appendleft((mixture[n:], None if target is None else target[n:]))
-            task.sink.write(mixture[:n], None if target is None else target[:n], stem[:n])
-            stem = stem[n:]
-            with self.changed:
-                self.delivered += n / task.source.sample_rate
-
-    def settle(self, task: _Task, result: Result) -> None:
+    def settle(self, output: Output, result: Result) -> None:
         with self.changed:
-            self.unsettled.discard(task)
+            output.settled = True
             self.settled.append(result)
             self.changed.notify_all()
 
-    def abort(self, task: _Task) -> None:
-        task.blocks.clear()
-        if task.sink is not None:
-            try:
-                task.sink.abort()
-            except Exception:
-                # The job's own error is the one to report.
-                logger.exception("%s: its sink could not be aborted", task.job.key)
+    # Any thread.
+
+    def fail_one(self, task: Task, output: Output, error: Exception, stage: str) -> None:
+        with self.changed:
+            self.fail(task, [output], error, stage)
 
     # Any thread, with the lock.
 
-    def fail(self, task: _Task, error: Exception, stage: str) -> None:
-        if task.failure is None:
-            task.failure = Result(task.job.key, None, error, stage)
+    def fail(self, task: Task, outputs: Iterable[Output], error: Exception, stage: str) -> None:
+        for output in outputs:
+            if output.failure is None and not output.settled:
+                output.failure = Result(output.request.key, None, error, stage)
+        if not task.is_wanted:
             while task.ready:
                 self.drop(task.ready.popleft())
-            self.encode_soon(task)
-            self.changed.notify_all()
+        self.encode_soon(task)
+        self.changed.notify_all()
 
-    def drop(self, window: _Window) -> None:
+    def drop(self, window: Window) -> None:
         self.ahead -= window.seconds
-        window.task.unencoded -= 1
+        window.owner.unencoded -= 1
         self.changed.notify_all()

@@ -11,7 +11,7 @@ import torch
 
 from clapsep import bundle as bundles
 from clapsep.audio import Waveform
-from clapsep.engine.jobs import Job
+from clapsep.engine.jobs import Job, Request
 from clapsep.engine.scheduler import Engine
 from clapsep.query import Query
 
@@ -86,7 +86,8 @@ class Separator:
         condition = self.condition(Query(positive, negative, positive_audio, negative_audio))
         mixture = np.atleast_2d(samples).astype(np.float32)
         sink = _ArraySink(mixture.shape)
-        job = Job("waveform", lambda: Waveform(mixture.T, sample_rate), condition, lambda _: sink)
+        request = Request("waveform", condition, lambda _: sink)
+        job = Job(lambda: Waveform(mixture.T, sample_rate), (request,))
         (result,) = self.engine.run([job])
         if result.error is not None:
             raise result.error

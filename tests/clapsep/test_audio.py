@@ -141,35 +141,6 @@ def test_impossible_segments(wav: Path, segment: dict[str, float]) -> None:
         read(str(wav), **segment)
 
 
-def test_target_is_cut_with_the_mixture(wav: Path) -> None:
-    target = wav.with_name("target.flac")
-    write(target, noise(50_000, 2, seed=1))
-    with Recording(str(wav), 0.25, 1.5, target=str(target)) as recording:
-        pairs = list(recording.blocks())
-    first, last = round(0.25 * RATE), round(0.25 * RATE) + round(1.5 * RATE)
-    np.testing.assert_array_equal(
-        np.concatenate([mixture for mixture, _ in pairs]), noise(50_000, 2)[first:last]
-    )
-    np.testing.assert_allclose(
-        np.concatenate([block for _, block in pairs]), noise(50_000, 2, seed=1)[first:last], atol=2.0**-23
-    )
-
-
-@pytest.mark.parametrize(
-    ("frames", "channels", "rate", "what"),
-    [
-        (49_999, 2, RATE, "frames 49999"),
-        (50_000, 1, RATE, "channels 1"),
-        (50_000, 2, 16000, "sample_rate 16000"),
-    ],
-)
-def test_target_that_does_not_fit(wav: Path, frames: int, channels: int, rate: int, what: str) -> None:
-    target = wav.with_name("target.flac")
-    write(target, noise(frames, channels), rate)
-    with pytest.raises(AudioError, match=f"target.flac.*{what}.*recording.wav.*"):
-        read(str(wav), target=str(target))
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_samples_that_are_not_finite_are_located(wav: Path, value: float) -> None:
     samples = noise(50_000, 2)

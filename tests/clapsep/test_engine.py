@@ -22,13 +22,12 @@ from clapsep.engine.windows import OverlapAdd
 from clapsep.query import Query
 from tests.clapsep.recordings import CLIPS, PROPERTY, noise
 from tests.clapsep.window_models import (
-    CONDITION,
     RATE,
-    Collector,
     Content,
     Identity,
     Positional,
     run,
+    single,
     stems,
     waveform_job,
 )
@@ -48,12 +47,13 @@ def test_identity_model_returns_the_mixture(
     mixture = noise(max(1, round(seconds * RATE)), channels)
     model = Identity(seconds=window)
     engine = Engine(model, hop_seconds=max(hop, 0.05) * window, batch_windows=batch)
-    collected = run(engine, [waveform_job(mixture)])["a"].value
+    results = run(engine, [waveform_job(mixture)])
+    collected = results["a"].value
     np.testing.assert_array_equal(collected.mixture, mixture)
     np.testing.assert_allclose(collected.stem, mixture, rtol=0, atol=1e-6)
     residual = collected.mixture - collected.stem
     np.testing.assert_allclose(residual + collected.stem, mixture, rtol=0, atol=1e-6)
-    assert engine.stats.audio_seconds == pytest.approx(len(mixture) / RATE)
+    assert results.stats.audio_seconds == pytest.approx(len(mixture) / RATE)
 
 
 @settings(PROPERTY, max_examples=30)
@@ -84,7 +84,7 @@ def test_identity_model_at_any_rate_differs_by_the_resampler_alone(
 def test_real_recordings_come_back_as_they_were() -> None:
     paths = sorted(CLIPS.glob("*.flac"))
     assert len(paths) > 10
-    jobs = [Job(path.name, lambda path=path: Recording(str(path)), CONDITION, Collector) for path in paths]
+    jobs = [single(path.name, lambda path=path: Recording(str(path))) for path in paths]
     results = run(Engine(Identity(32000)), jobs)
     rates = set()
     for path in paths:
@@ -122,11 +122,12 @@ def test_silence_stays_exactly_zero() -> None:
 def test_hop_of_a_window_makes_hard_joins_of_the_published_protocol() -> None:
     mixture = noise(round(2.5 * RATE))
     engine = Engine(Content(), hop_seconds=1.0)
-    stem = stems(engine, [waveform_job(mixture, condition=torch.ones(1))])["a"]
+    results = run(engine, [waveform_job(mixture, condition=torch.ones(1))])
+    stem = results["a"].value.stem
     padded = torch.from_numpy(np.pad(mixture[:, 0], (0, RATE // 2))).reshape(3, RATE)
     expected = Content().separate(padded, torch.ones(3, 1)).reshape(-1).numpy()[: len(mixture)]
     np.testing.assert_array_equal(stem[:, 0], expected)
-    assert engine.stats.windows == 3
+    assert results.stats.windows == 3
 
 
 @pytest.mark.parametrize(("window", "hop"), [(8, 8), (8, 6), (8, 4), (8, 3), (8, 1), (9, 4), (1, 1)])
@@ -152,8 +153,7 @@ def test_cross_fade_weights_sum_to_one_and_change_steadily(window: int, hop: int
 @pytest.mark.parametrize(("frames", "windows"), [(1, 1), (RATE, 1), (RATE + 1, 2), (RATE + 6000, 2)])
 def test_number_of_windows_is_the_least_that_covers_the_recording(frames: int, windows: int) -> None:
     engine = Engine(Identity(), hop_seconds=0.75)
-    run(engine, [waveform_job(noise(frames))])
-    assert engine.stats.windows == windows
+    assert run(engine, [waveform_job(noise(frames))]).stats.windows == windows
 
 
 @settings(PROPERTY, max_examples=25)
@@ -186,10 +186,12 @@ def test_batch_composition_and_order_change_nothing(
 
 def test_windows_of_several_jobs_and_channels_fill_the_batches() -> None:
     engine = Engine(Identity(), hop_seconds=1.0, batch_windows=4)
-    run(engine, [waveform_job(noise(RATE * n, 3), key=str(i)) for i, n in enumerate((1, 2, 4, 2))])
-    assert engine.stats.windows == 27
-    assert engine.stats.batches == math.ceil(27 / 4)
-    assert engine.stats.audio_seconds == pytest.approx(9)
+    jobs = [waveform_job(noise(RATE * n, 3, seed=n + i), key=str(i)) for i, n in enumerate((1, 2, 4, 2))]
+    stats = run(engine, jobs).stats
+    assert stats.windows == stats.stems == 27
+    assert stats.batches == math.ceil(27 / 4)
+    assert stats.batch_fill == {100: 6, 75: 1}
+    assert stats.audio_seconds == pytest.approx(9)
 
 
 def test_batches_do_not_depend_on_timing() -> None:
@@ -201,7 +203,7 @@ def test_batches_do_not_depend_on_timing() -> None:
 
     def job(i: int) -> Job:
         samples = noise(3000 * (i + 1), 1 + i % 2, seed=i)
-        return Job(str(i), lambda: Slow(samples, RATE), CONDITION, Collector)
+        return single(str(i), lambda: Slow(samples, RATE))
 
     runs = []
     for seed, encode_threads in ((0, 1), (1, 3), (2, 8)):
@@ -250,17 +252,18 @@ class FileSink:
 
 
 def file_job(source: Path, stem: Path) -> Job:
-    return Job(source.name, lambda: Recording(str(source)), CONDITION, lambda opened: FileSink(stem, opened))
+    return single(source.name, lambda: Recording(str(source)), sink=lambda opened: FileSink(stem, opened))
 
 
 def test_target_travels_beside_the_mixture(tmp_path: Path) -> None:
     for name, seed in (("mixture", 1), ("target", 2)):
         with AudioWriter(str(tmp_path / f"{name}.wav"), 11025, 2) as writer:
             writer.write(noise(40_000, 2, seed))
-    recording = Recording(
-        str(tmp_path / "mixture.wav"), start=0.5, duration=2.0, target=str(tmp_path / "target.wav")
+    mixture, target = (
+        lambda name=name: Recording(tmp_path / f"{name}.wav", start=0.5, duration=2.0)
+        for name in ("mixture", "target")
     )
-    job = Job("a", lambda: recording, CONDITION, Collector)
+    job = single("a", mixture, target=target)
     collected = run(Engine(Identity()), [job])["a"].value
     first = round(0.5 * 11025)
     np.testing.assert_array_equal(collected.mixture, noise(40_000, 2, 1)[first : first + 22050])
@@ -275,7 +278,7 @@ def test_embedded_default_does_not_depend_on_the_batch() -> None:
 
     def stem_of_first(names: list[str], batch: int) -> np.ndarray:
         sources = [lambda path=CLIPS / name: Recording(path) for name in names]
-        jobs = [Job(name, source, condition, Collector) for name, source in zip(names, sources, strict=True)]
+        jobs = [single(name, source, condition) for name, source in zip(names, sources, strict=True)]
         return run(Engine(separator.bundle.model, batch_windows=batch), jobs)[names[0]].value.stem
 
     alone = stem_of_first(["woman_speaking.flac"], batch=1)

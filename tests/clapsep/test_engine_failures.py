@@ -22,6 +22,7 @@ from tests.clapsep.window_models import (
     Identity,
     no_thread_left,
     run,
+    single,
     stems,
     waveform_job,
 )
@@ -74,7 +75,7 @@ def test_a_failing_job_disturbs_no_other(threads: int, ahead: float) -> None:
     samples = noise(6 * RATE, 2)
 
     def broken_sink(stage: str) -> Job:
-        return Job(
+        return single(
             stage, lambda: Waveform(samples, RATE), CONDITION, lambda source: BrokenSink(source, stage)
         )
 
@@ -93,10 +94,10 @@ def test_a_failing_job_disturbs_no_other(threads: int, ahead: float) -> None:
             return super().separate(mixture, condition) / (condition[:, :1] != 14)
 
     failing = [
-        Job("source", not_there, CONDITION, Collector),
-        Job("first block", lambda: BrokenSource(samples, RATE, 0), CONDITION, Collector),
-        Job("later block", lambda: BrokenSource(samples, RATE, 4), CONDITION, Collector),
-        Job("short", lambda: Short(samples, RATE), CONDITION, Collector),
+        single("source", not_there),
+        single("first block", lambda: BrokenSource(samples, RATE, 0)),
+        single("later block", lambda: BrokenSource(samples, RATE, 4)),
+        single("short", lambda: Short(samples, RATE)),
         broken_sink("make"),
         broken_sink("write"),
         broken_sink("close"),
@@ -130,7 +131,7 @@ def test_a_failing_job_disturbs_no_other(threads: int, ahead: float) -> None:
         ("close", 1, 0),
     ]
     for i, job in enumerate(good):
-        alone = stems(Engine(Content(), batch_windows=1), [job])[job.key]
+        alone = stems(Engine(Content(), batch_windows=1), [job])[job.requests[0].key]
         np.testing.assert_allclose(results[f"good{i}"].value.stem, alone, rtol=0, atol=1e-6)
 
 
@@ -144,9 +145,9 @@ def test_no_model_time_is_spent_on_a_job_that_has_failed() -> None:
         raise OSError("disk full")
 
     engine = Engine(Unhurried(), hop_seconds=1.0, batch_windows=1)
-    results = run(engine, [Job("a", lambda: Waveform(noise(100 * RATE), RATE), CONDITION, no_sink)])
+    results = run(engine, [single("a", lambda: Waveform(noise(100 * RATE), RATE), CONDITION, no_sink)])
     assert str(results["a"].error) == "disk full"
-    assert engine.stats.windows < 50
+    assert results.stats.windows < 50
 
 
 def test_a_model_that_always_fails_fails_every_job() -> None:
@@ -181,12 +182,12 @@ def test_memory_is_bounded_by_the_seconds_ahead(ahead: float) -> None:
             super().write(mixture, target, stem)
             written += len(stem)
 
-    job = Job("a", lambda: Counted(noise(60 * RATE), RATE), CONDITION, Slow)
+    job = single("a", lambda: Counted(noise(60 * RATE), RATE), CONDITION, Slow)
     engine = Engine(Identity(), hop_seconds=1.0, batch_windows=2, ahead_seconds=ahead)
     run(engine, [job])
     assert written == 60 * RATE
     # Besides the bound: a window being cut, one waiting for its turn, a block, and a batch being filled.
-    assert furthest <= (ahead + 3 + engine.batch_windows) * RATE
+    assert furthest <= (ahead + 3 + engine.batch_size.windows) * RATE
 
 
 def test_results_arrive_before_all_jobs_are_read() -> None:
@@ -196,7 +197,7 @@ def test_results_arrive_before_all_jobs_are_read() -> None:
         nonlocal taken
         for i in range(200):
             taken += 1
-            yield waveform_job(noise(RATE), key=str(i))
+            yield waveform_job(noise(RATE, 1, i), key=str(i))
 
     results = Engine(Identity(), ahead_seconds=5.0).run(jobs())
     first = next(results)
@@ -214,11 +215,11 @@ def test_closing_the_iterator_ends_the_threads_and_aborts_the_sinks() -> None:
         return sinks[-1]
 
     def endless() -> Iterator[Job]:
-        yield Job("short", lambda: Waveform(noise(RATE), RATE), CONDITION, sink)
+        yield single("short", lambda: Waveform(noise(RATE), RATE), CONDITION, sink)
         i = 0
         while True:
             i += 1
-            yield Job(str(i), lambda: Waveform(noise(30 * RATE), RATE), CONDITION, sink)
+            yield single(str(i), lambda: Waveform(noise(30 * RATE), RATE), CONDITION, sink)
 
     with no_thread_left():
         results = Engine(Identity(), ahead_seconds=20.0).run(endless())

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clapsep.audio import Waveform
-from clapsep.engine import Engine, Job, Result
+from clapsep.audio import Source, Waveform
+from clapsep.engine import Engine, Job, Request, Result, Stats
 
 RATE = 8000
 CONDITION = torch.zeros(1)
@@ -24,6 +24,12 @@ class Identity:
     def __init__(self, sample_rate: int = RATE, seconds: float = 1.0) -> None:
         self.sample_rate = sample_rate
         self.window = round(seconds * sample_rate)
+
+    def encode(self, mixture: Tensor) -> Tensor:
+        return mixture
+
+    def decode(self, encoded: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        return self.separate(encoded[index], condition)
 
     def separate(self, mixture: Tensor, condition: Tensor) -> Tensor:
         return mixture
@@ -78,16 +84,32 @@ class Collector:
         return np.concatenate([stem for _, _, stem in self.blocks])
 
 
+def single(
+    key: str, source: Callable[[], Source], condition: Tensor = CONDITION, sink: Any = Collector, **more: Any
+) -> Job:
+    """A job with one request."""
+    return Job(source, (Request(key, condition, sink, **more),))
+
+
 def waveform_job(
     samples: np.ndarray, sample_rate: int = RATE, key: str = "a", condition: Tensor = CONDITION
 ) -> Job:
-    return Job(key, lambda: Waveform(samples, sample_rate), condition, Collector)
+    return single(key, lambda: Waveform(samples, sample_rate), condition)
 
 
-def run(engine: Engine, jobs: Any) -> dict[str, Result]:
-    results = list(engine.run(jobs))
-    assert len({result.key for result in results}) == len(results)
-    return {result.key: result for result in results}
+class Results(dict[str, Result]):
+    """Results by key, and the statistics of their run."""
+
+    stats: Stats
+
+
+def run(engine: Engine, jobs: Any) -> Results:
+    started = engine.run(jobs)
+    listed = list(started)
+    results = Results((result.key, result) for result in listed)
+    assert len(results) == len(listed)
+    results.stats = started.stats
+    return results
 
 
 def stems(engine: Engine, jobs: Any) -> dict[str, np.ndarray]:
