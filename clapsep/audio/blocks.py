@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from clapsep.retry import redact
+
 _BLOCK_VALUES = 1 << 18
 
 
 class AudioError(Exception):
     """A recording that cannot be read or a stem that cannot be written: which, why, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 def block_frames(sample_rate: int, channels: int) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import fsspec
 import numpy as np
@@ -13,6 +12,9 @@ import soundfile
 from fsspec.implementations.local import LocalFileSystem
 
 from clapsep.audio.blocks import AudioError, block_frames, first_non_finite
+from clapsep.audio.callbacks import Callbacks
+from clapsep.remote import RemoteFile
+from clapsep.retry import describe
 
 # libsndfile gives a FLAC stream of unknown length (encoded to a pipe) as the largest 64-bit integer.
 _UNKNOWN_FRAMES = 1 << 62
@@ -27,18 +29,21 @@ class Decoder:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
-        self._remote: _RemoteFile | None = None
+        self._remote: RemoteFile | None = None
+        self._callbacks: Callbacks | None = None
         self._file: soundfile.SoundFile | None = None
         try:
             filesystem, path = fsspec.core.url_to_fs(uri)
             if not isinstance(filesystem, LocalFileSystem):
-                self._remote = _RemoteFile(filesystem.open(path, "rb"))
+                self._remote = RemoteFile(filesystem, path)
+                self._callbacks = Callbacks(self._remote)
             elif not os.path.exists(path):
                 raise FileNotFoundError(path)
             elif not os.path.isfile(path):
                 # A FIFO would be waited on for ever.
                 raise OSError("it is not a file")
-            self._file = soundfile.SoundFile(self._remote or path)
+            self._file = soundfile.SoundFile(self._callbacks or path)
+            self._check_fetched()
             self._check_length()
         except Exception as error:
             # url_to_fs and remote file systems raise whatever their client library does.
@@ -50,7 +55,7 @@ class Decoder:
             elif isinstance(error, FileNotFoundError):
                 problem = "does not exist; check the URI"
             else:
-                problem = f"cannot be opened: {type(error).__name__}: {error}"
+                problem = f"cannot be opened: {describe(error)}"
             raise self._failure(problem) from error
         self.sample_rate = self._file.samplerate
         self.channels = self._file.channels
@@ -71,6 +76,7 @@ class Decoder:
                 self._file.seek(first)
             while position < end:
                 block = self._file.read(min(step, end - position), dtype="float32", always_2d=True)
+                self._check_fetched()
                 if len(block) == 0:
                     raise self._failure(f"ends at sample {position}, but its header promises {self.frames}")
                 bad = first_non_finite(block)
@@ -83,6 +89,11 @@ class Decoder:
             problem = f"cannot be decoded from sample {position}: {error.error_string or 'damaged data'}"
             raise self._failure(problem) from error
 
+    def _check_fetched(self) -> None:
+        """What libsndfile could not read it may take for the end of the file, or for silence."""
+        if self._callbacks is not None and self._callbacks.error is not None:
+            raise self._failure("")
+
     def _check_length(self) -> None:
         if self._file.frames >= _UNKNOWN_FRAMES:
             raise self._failure("does not say in its header how long it is; encode it again to a file")
@@ -94,29 +105,6 @@ class Decoder:
                 raise self._failure(f"is truncated: {real} of {claimed} bytes are there; copy it again")
 
     def _failure(self, problem: str) -> AudioError:
-        if self._remote is not None and self._remote.error is not None:
-            cause = self._remote.error
-            return AudioError(f"{self.uri!r} could not be fetched: {type(cause).__name__}: {cause}")
+        if self._callbacks is not None and self._callbacks.error is not None:
+            return AudioError(f"{self.uri!r} could not be fetched: {describe(self._callbacks.error)}")
         return AudioError(f"{self.uri!r} {problem}")
-
-
-class _RemoteFile:
-    """A remote file as libsndfile reads it: its C callbacks swallow exceptions, so the last one is kept."""
-
-    def __init__(self, file: Any) -> None:
-        self.tell, self.close = file.tell, file.close
-        self._file = file
-        self.error: Exception | None = None
-
-    def read(self, count: int) -> bytes:
-        return self._keep_error(b"", self._file.read, count)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._keep_error(-1, self._file.seek, offset, whence)
-
-    def _keep_error(self, fallback: Any, call: Callable[..., Any], *arguments: int) -> Any:
-        try:
-            return call(*arguments)
-        except Exception as error:
-            self.error = error
-            return fallback

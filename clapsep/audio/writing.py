@@ -7,7 +7,7 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
@@ -15,6 +15,8 @@ import soundfile
 from fsspec.implementations.local import LocalFileSystem
 
 from clapsep.audio.blocks import AudioError
+from clapsep.audio.callbacks import Callbacks
+from clapsep.retry import describe, retrying
 
 _WAV_LIMIT_BYTES = (1 << 32) - (1 << 16)
 _FLAC_CHANNELS = 8
@@ -41,6 +43,8 @@ class AudioWriter:
         self.frames = 0
         self.clipped = 0
         self._format, encoding = self._encoding()
+        self._disk: BinaryIO | None = None
+        self._callbacks: Callbacks | None = None
         self._file: soundfile.SoundFile | None = None
         self._temporary = ""
         try:
@@ -51,18 +55,20 @@ class AudioWriter:
                 os.makedirs(folder, exist_ok=True)
                 # In the same folder a rename cannot cross devices; a name of its own keeps two writers apart.
                 self._temporary = os.path.join(folder, f".{uuid.uuid4().hex}.part")
+                self._disk = open(self._temporary, "xb")  # noqa: SIM115
             else:
                 handle, self._temporary = tempfile.mkstemp(suffix=".part")
-                os.close(handle)
+                self._disk = os.fdopen(handle, "wb")
+            self._callbacks = Callbacks(self._disk)
             self._file = soundfile.SoundFile(
-                self._temporary, "w", sample_rate, channels, encoding, format=self._format
+                self._callbacks, "w", sample_rate, channels, encoding, format=self._format
             )
             if self._format == "WAV":
                 # SFC_SET_ADD_PEAK_CHUNK off: that chunk holds the time, so equal stems would differ in bytes.
                 soundfile._snd.sf_command(self._file._file, 0x1050, soundfile._ffi.NULL, 0)
         except Exception as error:
             self.abort()
-            raise AudioError(f"{self.uri!r} cannot be written: {_reason(error)}") from error
+            raise self._failure(error) from error
 
     def __enter__(self) -> AudioWriter:
         return self
@@ -84,30 +90,47 @@ class AudioWriter:
             raise AudioError(f"{self.uri!r} would pass the 4 GiB a WAV file can hold; write .flac or .w64")
         try:
             self._file.write(block)
+            self._check_stored()
         except (soundfile.SoundFileError, AssertionError, OSError) as error:
             # soundfile asserts on a short write (a full disk).
-            raise AudioError(f"{self.uri!r} cannot be written: {_reason(error)}") from error
+            raise self._failure(error) from error
 
     def close(self) -> None:
         """Finish the file and publish it, replacing one of that name; a failure leaves nothing."""
         try:
             self._file.close()
+            self._check_stored()
+            self._disk.flush()
             if self._local:
+                # Some file systems tell of a full disk only here.
+                os.fsync(self._disk.fileno())
+                self._disk.close()
                 os.replace(self._temporary, self._path)
             else:
-                self._filesystem.put_file(self._temporary, self._path)
+                self._disk.close()
+                retrying(self._filesystem.put_file, self._temporary, self._path)
                 os.unlink(self._temporary)
         except Exception as error:
             self.abort()
-            raise AudioError(f"{self.uri!r} cannot be written: {_reason(error)}") from error
+            raise self._failure(error) from error
 
     def abort(self) -> None:
         """Leave nothing behind; also after a failed write."""
-        if self._file is not None:
-            with suppress(soundfile.SoundFileError):
-                self._file.close()
+        for opened in (self._file, self._disk):
+            if opened is not None:
+                with suppress(soundfile.SoundFileError, OSError):
+                    opened.close()
         with suppress(OSError):
             os.unlink(self._temporary)
+
+    def _check_stored(self) -> None:
+        """Libsndfile does not tell of everything that it could not write, least of all when it closes."""
+        if self._callbacks.error is not None:
+            raise self._callbacks.error
+
+    def _failure(self, error: Exception) -> AudioError:
+        cause = (self._callbacks and self._callbacks.error) or error
+        return AudioError(f"{self.uri!r} cannot be written: {describe(cause)}")
 
     def _encoding(self) -> tuple[str, str]:
         extension = PurePosixPath(self.uri).suffix.lower()
@@ -122,7 +145,3 @@ class AudioWriter:
             if limit is not None:
                 raise AudioError(f"{self.uri!r} cannot be FLAC with {limit}; write .wav")
         return _ENCODINGS[extension]
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "error_string", "") or str(error) or type(error).__name__
