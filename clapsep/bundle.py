@@ -34,6 +34,7 @@ from clapsep.clap import Clap
 from clapsep.config import ModelConfig
 from clapsep.model import ClapSep
 from clapsep.query import QueryEncoder
+from clapsep.retry import describe, redact, retrying
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -46,6 +47,9 @@ CACHE_VARIABLE = "CLAPSEP_CACHE"
 
 class BundleError(RuntimeError):
     """A bundle that cannot be loaded; one line that names the file and the fix."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 @dataclass(eq=False)
@@ -191,11 +195,13 @@ def save(
         (written / CARD_FILE).write_text(_json({**card, "sha256": hashes}))
         try:
             filesystem, root = fsspec.core.url_to_fs(str(folder).rstrip("/"))
-            filesystem.makedirs(root, exist_ok=True)
+            retrying(filesystem.makedirs, root, exist_ok=True)
             for name in (*HASHED_FILES, CARD_FILE):
-                filesystem.put_file(str(written / name), f"{root}/{name}")
-        except (OSError, ImportError, ValueError) as error:
-            raise BundleError(f"{folder}: cannot be written ({error}); choose another folder") from error
+                retrying(filesystem.put_file, str(written / name), f"{root}/{name}")
+        except Exception as error:
+            # Drivers raise their clients' own errors.
+            problem = f"cannot be written ({describe(error)}); choose another folder"
+            raise BundleError(f"{folder}: {problem}") from error
     return _digest(hashes)
 
 
@@ -252,12 +258,11 @@ def _local_folder(uri: str | None) -> tuple[Path, dict[str, Any]]:
         uri = str(importlib.resources.files("clapsep") / "bundles" / "mini")
     try:
         filesystem, root = fsspec.core.url_to_fs(str(uri).rstrip("/"))
-        card = json.loads(filesystem.cat_file(f"{root}/{CARD_FILE}"))
+        card = json.loads(retrying(filesystem.cat_file, f"{root}/{CARD_FILE}"))
         expected = {name: card["sha256"][name] for name in HASHED_FILES}
-    except (OSError, ImportError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{uri}: no readable {CARD_FILE} ({error!r}); a bundle is a folder that `clapsep convert` wrote"
-        ) from error
+    except Exception as error:
+        problem = f"no readable {CARD_FILE} ({describe(error)})"
+        raise BundleError(f"{uri}: {problem}; a bundle is a folder that `clapsep convert` wrote") from error
     if isinstance(filesystem, LocalFileSystem):
         return Path(root), card
     folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "clapsep") / _digest(expected)
@@ -266,15 +271,18 @@ def _local_folder(uri: str | None) -> tuple[Path, dict[str, Any]]:
         scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
             for name in (*HASHED_FILES, CARD_FILE):
-                filesystem.get_file(f"{root}/{name}", str(scratch / name))
+                retrying(filesystem.get_file, f"{root}/{name}", str(scratch / name))
             _verify(scratch, card, where=str(uri))
             scratch.rename(folder)
         except FileNotFoundError as error:
             raise BundleError(f"{uri}: {error}; copy the whole bundle there") from error
-        except OSError:
+        except BundleError:
+            raise
+        except Exception as error:
             # Another process may have put the same bundle there first.
             if not folder.exists():
-                raise
+                problem = f"cannot be fetched to {folder.parent} ({describe(error)})"
+                raise BundleError(f"{uri}: {problem}; run again") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return folder, card
