@@ -10,8 +10,10 @@ import csv
 import hashlib
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import fsspec
@@ -19,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import storage
-from pipelines.rows import COLUMNS, UnreadableRecord
+from pipelines.rows import COLUMNS, UnreadableRecord, printable
 
 AUDIO_EXTENSIONS = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc"),
@@ -28,6 +30,10 @@ AUDIO_EXTENSIONS = (
 TABLE_EXTENSIONS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 # Audio files per slice; a listing of a million files becomes a thousand slices.
 AUDIO_SLICE = 1000
+# Each column costs time and space in every part of the metrics table.
+MOST_CARRIED = 1000
+# Python's JSON recurses, and fails at a depth that depends on its caller's.
+MOST_LEVELS = 64
 # Python's default of 128 KiB would make one long text a parse error.
 csv.field_size_limit(1 << 30)
 
@@ -115,8 +121,9 @@ def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
             yield number, {"id": name, "mixture": uri}
     elif part.kind == "parquet":
         with _open(part.uri) as file:
-            table = pq.ParquetFile(file).read_row_group(part.row_group)
-        yield from enumerate(table.to_pylist(), part.first_number)
+            batches = pq.ParquetFile(file).iter_batches(row_groups=[part.row_group])
+            records = chain.from_iterable(_arrow_records(batch) for batch in batches)
+            yield from enumerate(records, part.first_number)
     else:
         with _open_text(part.uri) as file:
             records = _csv_records(file, part.uri) if part.kind == "csv" else _jsonl_records(file)
@@ -142,6 +149,10 @@ def _survey_tables(
     rows = 0
     for name in names:
         hasher = hashlib.sha256()
+        filesystem, path = storage.open_filesystem(name)
+        if not filesystem.isfile(path):
+            # A FIFO would be waited on for ever.
+            raise ManifestError(f"{name}: not a file; take it out of the folder")
         try:
             if kinds[name] == "parquet":
                 parts, count, columns = _survey_parquet(name, root, hasher)
@@ -149,7 +160,9 @@ def _survey_tables(
                 parts, count, columns = _survey_text(
                     Slice(name, _below(root, name), str(kinds[name])), hasher
                 )
-        except (UnicodeDecodeError, csv.Error, EOFError, zlib.error, OSError, pa.ArrowException) as error:
+        except ManifestError:
+            raise
+        except (ValueError, csv.Error, EOFError, zlib.error, OSError, pa.ArrowException) as error:
             raise ManifestError(
                 f"{name}: cannot be parsed as {kinds[name]} ({' '.join(str(error).split())}); "
                 "save it again, text as UTF-8"
@@ -157,6 +170,10 @@ def _survey_tables(
         slices += parts
         rows += count
         carried |= columns - set(COLUMNS)
+        if len(carried) > MOST_CARRIED:
+            raise ManifestError(
+                f"{name}: more than {MOST_CARRIED} columns that are not of a manifest; put them into one"
+            )
         total.update(f"{_below(root, name)} {hasher.hexdigest()}\n".encode())
     return slices, rows, total.hexdigest(), carried
 
@@ -167,13 +184,14 @@ def _survey_parquet(name: str, root: str, hasher: Any) -> tuple[list[Slice], int
             hasher.update(block)
         file.seek(0)
         parquet = pq.ParquetFile(file)
-        columns = set(parquet.schema_arrow.names)
-        _require_known(name, columns)
+        columns = parquet.schema_arrow.names
+        _check_columns(name, columns)
         slices, rows = [], 0
         for group in range(parquet.num_row_groups):
             slices.append(Slice(name, _below(root, name), "parquet", rows + 1, row_group=group))
-            rows += parquet.metadata.row_group(group).num_rows
-    return slices, rows, columns
+            # The footer's count may promise rows that cannot be decoded.
+            rows += sum(batch.num_rows for batch in parquet.iter_batches(row_groups=[group]))
+    return slices, rows, set(columns)
 
 
 def _survey_text(part: Slice, hasher: Any) -> tuple[list[Slice], int, set[str]]:
@@ -187,23 +205,40 @@ def _survey_text(part: Slice, hasher: Any) -> tuple[list[Slice], int, set[str]]:
             if not isinstance(record, UnreadableRecord):
                 parsed += 1
                 columns.update(record)
+    # A row with a name that no file can hold is an error row; the table must not get such a column.
+    columns = {column for column in columns if printable(column) == column}
     if rows and not parsed and part.kind == "jsonl":
         raise ManifestError(f"{part.uri}: no line of it is a JSON object; JSONL holds one object per line")
     return [part], rows, columns
 
 
 def _csv_records(lines: Iterable[str], name: str) -> Iterator[Record]:
-    reader = csv.reader(lines, strict=True)
+    line, ended = "", False
+
+    def remembered() -> Iterator[str]:
+        nonlocal line, ended
+        for each in lines:
+            line = each
+            yield each
+        ended = True
+
+    reader = csv.reader(remembered(), strict=True)
     header = next(reader, None)
     if not header:
         raise ManifestError(f"{name}: empty; a CSV manifest starts with a line of column names")
     columns = [column.strip() for column in header]
-    repeated = {column for column in columns if columns.count(column) > 1}
-    if repeated or not all(columns):
-        problem = f"repeats {', '.join(sorted(repeated))}" if repeated else "has an empty name"
-        raise ManifestError(f"{name}: its header {problem}; give every column a name of its own")
-    _require_known(name, set(columns))
-    for values in reader:
+    _check_columns(name, columns)
+    while True:
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            if ended:
+                # A quote that is never closed: it has swallowed all rows after it.
+                raise
+            yield UnreadableRecord(f"is not CSV ({error}); write a quote inside a field twice", line)
+            continue
+        if values is None:
+            return
         if not values:
             continue
         if len(values) == len(columns):
@@ -217,22 +252,66 @@ def _jsonl_records(lines: Iterable[str]) -> Iterator[Record]:
     for line in lines:
         if not line.strip():
             continue
+        text = line.rstrip("\n")
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield UnreadableRecord(
-                f"is not JSON ({error}); JSONL holds one object per line", line.rstrip("\n")
-            )
-            continue
-        if isinstance(record, dict):
-            yield record
+            record = json.loads(line, object_pairs_hook=_object)
+        except RecursionError:
+            yield UnreadableRecord(_TOO_DEEP, text)
+        except ValueError as error:
+            yield UnreadableRecord(f"is not JSON ({error}); JSONL holds one object per line", text)
         else:
-            problem = f"is a JSON {type(record).__name__}, not an object of column names and values"
-            yield UnreadableRecord(problem, line.rstrip("\n"))
+            if not isinstance(record, dict):
+                problem = f"is a JSON {type(record).__name__}, not an object of column names and values"
+                yield UnreadableRecord(problem, text)
+            else:
+                yield UnreadableRecord(_TOO_DEEP, text) if _is_deep(record) else record
 
 
-def _require_known(name: str, columns: set[str]) -> None:
-    if not columns & set(COLUMNS):
+def _arrow_records(batch: pa.RecordBatch) -> Iterator[Record]:
+    try:
+        records = batch.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        if batch.num_rows > 1:
+            for row in range(batch.num_rows):
+                yield from _arrow_records(batch.slice(row, 1))
+            return
+        text = "; ".join(f"{name}: {batch.column(name).to_string()}" for name in batch.schema.names)
+        yield UnreadableRecord(f"holds a value out of range ({error})", text)
+        return
+    for record in records:
+        yield UnreadableRecord(_TOO_DEEP, str(batch.schema)) if _is_deep(record) else record
+
+
+_TOO_DEEP = f"is nested deeper than {MOST_LEVELS} levels"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"{_repeated(name for name, _ in pairs)[0]!r} occurs twice")
+    return record
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _is_deep(value: Any, levels: int = MOST_LEVELS) -> bool:
+    if not isinstance(value, dict | list | tuple):
+        return False
+    return levels == 0 or any(
+        _is_deep(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value)
+    )
+
+
+def _check_columns(name: str, columns: list[str]) -> None:
+    repeated = _repeated(columns)
+    if repeated or not all(columns):
+        problem = f"repeats {', '.join(repeated)}" if repeated else "has an empty name"
+        raise ManifestError(f"{name}: its header {problem}; give every column a name of its own")
+    if any(printable(column) != column for column in columns):
+        raise ManifestError(f"{name}: its header is not UTF-8 text; save the manifest as UTF-8")
+    if not set(columns) & set(COLUMNS):
         raise ManifestError(
             f"{name}: has none of the columns {', '.join(COLUMNS)}; is its first line the header, "
             "and are its fields separated by commas?"
@@ -241,7 +320,7 @@ def _require_known(name: str, columns: set[str]) -> None:
 
 def _hashed(lines: Iterable[str], hasher: Any) -> Iterator[str]:
     for line in lines:
-        hasher.update(line.encode())
+        hasher.update(line.encode(errors="surrogateescape"))
         yield line
 
 
@@ -251,7 +330,10 @@ def _open(uri: str) -> Any:
 
 def _open_text(uri: str) -> Any:
     # utf-8-sig: spreadsheets put a byte-order mark first, which would become part of the first column's name.
-    return fsspec.open(uri, "rt", encoding="utf-8-sig", newline="", compression="infer")
+    # Bytes that are not UTF-8 pass as surrogates, so that they spoil a row and not the manifest.
+    return fsspec.open(
+        uri, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer"
+    )
 
 
 def _kind(name: str) -> str | None:

@@ -19,7 +19,13 @@ SOURCE_COLUMNS = ("mixture", "target", "interference", "snr_db", "start", "durat
 COLUMNS = ("id", *SOURCE_COLUMNS, *QUERY_COLUMNS)
 # Long enough that ten million digests collide with a chance of one in 10^10.
 DIGEST_DIGITS = 20
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# The longest path on Linux: an audio file's id is its path.
+MOST_ID_CHARACTERS = 4096
+MOST_ERROR_CHARACTERS = 2000
+# Only small letters: on some stores "Dog" and "dog" are one file.
+_PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+# Windows takes these for devices, whatever follows the first dot.
+_DEVICE_NAME = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?")
 _DIGEST_SUFFIX = re.compile(rf"-[0-9a-f]{{{DIGEST_DIGITS}}}$")
 
 
@@ -27,13 +33,19 @@ _DIGEST_SUFFIX = re.compile(rf"-[0-9a-f]{{{DIGEST_DIGITS}}}$")
 class RowError:
     """Why a row has no stem: a row of the errors table, but for where and when.
 
-    `stage` is one of manifest, decode, query, separate, encode, write.
+    `stage` is one of manifest, decode, query, separate, encode, write. Message and value become one line each
+    of at most `MOST_ERROR_CHARACTERS`, the middle left out, whatever they come with.
     """
 
     stage: str
     type: str
     message: str
     value: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", _one_line(self.message))
+        if self.value is not None:
+            object.__setattr__(self, "value", _one_line(self.value))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +115,7 @@ def parse_row(
     if isinstance(record, UnreadableRecord):
         contents = digest(record.text)
         key = digest([name, number, contents])
-        error = RowError("manifest", "UnreadableRecord", record.message, printable(record.text))
+        error = RowError("manifest", "UnreadableRecord", record.message, record.text)
         return Row(manifest, number, contents, key, recording=key, id="", error=error)
     filled = {column: value for column, value in record.items() if not _is_missing(value)}
     contents = digest(filled)
@@ -112,8 +124,7 @@ def parse_row(
     try:
         return _validated(row, filled, positive, negative)
     except _InvalidFieldError as problem:
-        message = printable(str(problem))
-        return row.fail(RowError("manifest", "InvalidRow", message, _as_text(problem.value)))
+        return row.fail(RowError("manifest", "InvalidRow", str(problem), _as_text(problem.value)))
 
 
 def _validated(
@@ -126,6 +137,8 @@ def _validated(
     identifier = filled.get("id")
     if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
         raise _InvalidFieldError("id", identifier, f"must be text, not {type(identifier).__name__}")
+    if len(row.id) > MOST_ID_CHARACTERS:
+        raise _InvalidFieldError("id", identifier, f"is longer than {MOST_ID_CHARACTERS} characters")
     uris = {column: _uri(filled, column, folder) for column in ("mixture", "target", "interference")}
     if not uris["mixture"] and not (uris["target"] and uris["interference"]):
         have = "target without interference" if uris["target"] else "neither mixture nor target"
@@ -192,13 +205,16 @@ def unpack_rows(blocks: Iterable[bytes]) -> Iterator[Row]:
 
 
 def file_name(identifier: str) -> str:
-    """A file name (no extension) for an id: distinct for distinct ids, and never a path.
+    """A file name (no extension) for an id: distinct for distinct ids on any store, and never a path.
 
     Plain ids stay as they are; of any other the plain characters and a digest.
     """
-    if _PLAIN_NAME.fullmatch(identifier) and not _DIGEST_SUFFIX.search(identifier):
+    is_plain = _PLAIN_NAME.fullmatch(identifier) and not _DEVICE_NAME.fullmatch(identifier)
+    if is_plain and not _DIGEST_SUFFIX.search(identifier):
         return identifier
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", identifier[:60]).strip("._-") or "row"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", identifier[:60]).strip("._-")
+    if not plain or _DEVICE_NAME.fullmatch(plain.lower()):
+        plain = "row"
     return f"{plain}-{digest(identifier)}"
 
 
@@ -213,13 +229,27 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _one_line(text: str) -> str:
+    left_out = len(text) - MOST_ERROR_CHARACTERS
+    if left_out > 0:
+        # The end often names the cause.
+        half = MOST_ERROR_CHARACTERS // 2
+        text = f"{text[:half]} ... {left_out} characters ... {text[-half:]}"
+    # Tables are printed on terminals, which obey what they are sent.
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 def _is_missing(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, list | tuple) and not value)
 
 
 def _label(filled: Mapping[str, Any], contents: str) -> str:
     value = filled.get("id")
-    return contents if value is None else _as_text(value)
+    text = contents if value is None else _as_text(value)
+    return text if len(text) <= MOST_ID_CHARACTERS else text[: MOST_ID_CHARACTERS + 1]
 
 
 def _uri(filled: Mapping[str, Any], column: str, folder: str) -> str | None:
