@@ -49,8 +49,9 @@ class Plan:
     bundle: str | None
     bundle_digest: str
     device: str = "cpu"
-    batch_windows: int = 8
+    batch_windows: int | None = None
     carried: tuple[str, ...] = ()
+    retry_errors: bool = False
 
     @property
     def settings_digest(self) -> str:
@@ -76,13 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--manifest",
-        required=True,
         metavar="URI",
         help="CSV, JSONL or Parquet file, or audio files; one URI, a glob or a folder",
     )
-    parser.add_argument(
-        "--output", required=True, metavar="URI", help="folder for stems, tables and run.json"
-    )
+    parser.add_argument("--output", metavar="URI", help="folder for stems, tables and run.json")
     parser.add_argument(
         "--model", metavar="BUNDLE", help="model bundle, a folder (default: the embedded one)"
     )
@@ -118,19 +116,37 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-windows",
         type=_positive_count,
-        default=8,
         metavar="N",
-        help="windows in one model call (default: %(default)s)",
+        help="windows in one model call (default: what fits into half of the free memory)",
     )
     parser.add_argument(
         "--report", action="store_true", help="print the table of rows and draw spectrograms at the end"
     )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="run the rows of the errors table again, and no others"
+    )
+    parser.add_argument(
+        "--allow-other-settings",
+        action="store_true",
+        help="on an output of other settings or another model, add rows; those it holds stay as they are",
+    )
+    parser.add_argument(
+        "--status", metavar="OUTPUT", help="print what is committed, pending and failed there, and end"
+    )
+    parser.add_argument(
+        "--clean",
+        metavar="OUTPUT",
+        help="delete what killed runs left there and no table names, and end; no run may be working on it",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="with --clean: only list")
     return parser
 
 
 def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, PipelineOptions]:
     """Our flags and Beam's. Raises UsageError for a flag that neither knows, or a value that does not fit."""
-    ours, rest = build_parser().parse_known_args(list(arguments))
+    parser = build_parser()
+    ours, rest = parser.parse_known_args(list(arguments))
+    _check_task(parser, ours, rest)
     for side in ("positive", "negative"):
         if not all(text.strip() for text in getattr(ours, side)):
             raise UsageError(f"--{side}: an empty text is no query; leave the flag out")
@@ -179,6 +195,20 @@ def check_hop(settings: Settings, window_seconds: float) -> None:
 def default_shards(rows: int) -> int:
     """Shards for a manifest of `rows` rows."""
     return min(MOST_SHARDS, math.ceil(rows / ROWS_PER_SHARD))
+
+
+def _check_task(parser: argparse.ArgumentParser, given: argparse.Namespace, rest: Sequence[str]) -> None:
+    """Raises UsageError for what is missing from a run, or has no place beside --status or --clean."""
+    for task, fitting in (("status", {"status"}), ("clean", {"clean", "dry_run"})):
+        if getattr(given, task) is not None:
+            others = [name for name, value in vars(given).items() if value != parser.get_default(name)]
+            surplus = [f"--{name.replace('_', '-')}" for name in others if name not in fitting] + list(rest)
+            if surplus:
+                raise UsageError(f"--{task} OUTPUT stands alone; leave {surplus[0]} out")
+            return
+    missing = [f"--{name}" for name in ("manifest", "output") if getattr(given, name) is None]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
 def _positive_seconds(text: str) -> float:

@@ -15,7 +15,7 @@ from pipelines.manifest import Manifest
 from pipelines.options import Plan
 
 RUN_FILE = "run.json"
-FORMAT = 1
+FORMAT = 2
 _LIBRARIES = ("apache-beam", "numpy", "pyarrow", "soundfile", "soxr", "torch")
 
 
@@ -45,19 +45,27 @@ class EarlierRun:
         """Digests of all manifests that were run on this output."""
         return tuple(self.facts["manifests"])
 
-    def check(self, plan: Plan) -> None:
-        """Raises RunError where `plan` would give other results, naming every difference."""
-        then = {**self.facts["settings"], "model": self.facts["bundle"]["digest"], "num_shards": self.shards}
-        now = {**plan.settings.to_dict(), "model": plan.bundle_digest, "num_shards": plan.shards}
+    def check(self, plan: Plan, allow_other_settings: bool = False) -> None:
+        """Raises RunError where `plan` would give other results, naming every difference.
+
+        Another number of shards cannot be allowed: rows would be sought in the wrong places.
+        """
+        then, now = {"num_shards": self.shards}, {"num_shards": plan.shards}
+        if not allow_other_settings:
+            then |= {**self.facts["settings"], "model": self.facts["bundle"]["digest"]}
+            now |= {**plan.settings.to_dict(), "model": plan.bundle_digest}
         differences = [
             f"{name} was {_short(then.get(name))} and is {_short(now.get(name))}"
             for name in {**then, **now}
             if then.get(name) != now.get(name)
         ]
         if differences:
+            allow = (
+                "" if plan.shards != self.shards else ", --allow-other-settings for the rows still to come"
+            )
             raise RunError(
                 f"{self.output} holds a run with other settings: {'; '.join(differences)}; "
-                "use those again, or another --output"
+                f"use those again{allow}, or another --output"
             )
 
 
@@ -78,21 +86,36 @@ def read_run(output: str) -> EarlierRun | None:
         raise RunError(f"{uri}: not written by this version ({error!r}); use another --output") from error
 
 
+def require_run(output: str) -> EarlierRun:
+    """The run that an output holds. Raises RunError where there is none, and what `read_run` raises."""
+    run = read_run(output)
+    if run is None:
+        raise RunError(f"{output}: holds no {RUN_FILE}; give the --output of a run")
+    return run
+
+
 def write_run(
     plan: Plan,
     manifest: Manifest,
     card: Mapping[str, Any],
     earlier: EarlierRun | None,
     counts: Mapping[str, int] | None = None,
-) -> None:
-    """Write `run.json`; without `counts` it says that the run has not ended. Raises StorageError."""
+) -> bool:
+    """Write `run.json`; without `counts` it says that the run has not ended. Raises StorageError.
+
+    Returns False, with nothing written, where `earlier` is None and another run has written one meanwhile.
+    """
+    recipe = {
+        "settings_digest": plan.settings_digest,
+        "settings": plan.settings.to_dict(),
+        "bundle": {"uri": plan.bundle, "name": card.get("name"), "digest": plan.bundle_digest},
+    }
     facts = {
         "format": FORMAT,
-        "settings": plan.settings.to_dict(),
-        "settings_digest": plan.settings_digest,
+        **recipe,
+        "earlier_settings": _earlier_recipes(earlier, plan.settings_digest),
         "shards": plan.shards,
         "carried": list(plan.carried),
-        "bundle": {"uri": plan.bundle, "name": card.get("name"), "digest": plan.bundle_digest},
         "manifest": {"uri": manifest.uri, "digest": manifest.digest, "rows": manifest.rows},
         "manifests": sorted({manifest.digest, *(earlier.manifests if earlier else ())}),
         "counts": counts,
@@ -102,7 +125,23 @@ def write_run(
             **{name: importlib.metadata.version(name) for name in _LIBRARIES},
         },
     }
-    storage.write_bytes(storage.join(plan.output, RUN_FILE), (json.dumps(facts, indent=2) + "\n").encode())
+    uri, data = storage.join(plan.output, RUN_FILE), (json.dumps(facts, indent=2) + "\n").encode()
+    if earlier is None:
+        return storage.create_bytes(uri, data)
+    storage.write_bytes(uri, data)
+    return True
+
+
+def _earlier_recipes(earlier: EarlierRun | None, digest: str) -> list[dict[str, Any]]:
+    """Settings and bundles that rows of the output may have been made with, besides those of `digest`."""
+    if earlier is None:
+        return []
+    latest = {name: earlier.facts[name] for name in ("settings_digest", "settings", "bundle")}
+    return [
+        recipe
+        for recipe in (latest, *earlier.facts["earlier_settings"])
+        if recipe["settings_digest"] != digest
+    ]
 
 
 def _short(value: Any) -> str:

@@ -1,10 +1,13 @@
 """`python -m pipelines.separate --manifest M --output O`: separate every row of a manifest.
 
+`--status OUTPUT` and `--clean OUTPUT` look after an output instead.
+
 Exit codes: 0 done, 1 a run that failed or whose rows do not add up, 2 nothing was started.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -15,12 +18,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from clapsep import bundle as bundles
 from pipelines import options, report, runs
+from pipelines.clean import clean
 from pipelines.graph import SeparateManifest
 from pipelines.manifest import Manifest, ManifestError, open_manifest
 from pipelines.options import Plan, UsageError
 from pipelines.progress import PROGRESS, ProgressDisplay
+from pipelines.status import Totals, failure_lines, print_status, read_totals
 from pipelines.storage import StorageError
-from pipelines.tables import count_committed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,27 +34,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("apache_beam").setLevel(logging.WARNING)
     try:
         given, pipeline_options = options.parse(sys.argv[1:] if arguments is None else arguments)
+        if given.status is not None:
+            print_status(given.status)
+            return 0
+        if given.clean is not None:
+            clean(given.clean, dry_run=given.dry_run)
+            return 0
         if given.report:
             report.require_matplotlib()
         manifest = open_manifest(given.manifest)
         bundle = bundles.verify(given.model)
-        earlier = runs.read_run(given.output)
-        plan = Plan(
-            output=given.output,
-            shards=given.num_shards or (earlier.shards if earlier else options.default_shards(manifest.rows)),
-            settings=options.settings_of(given),
-            bundle=given.model,
-            bundle_digest=bundle.digest,
-            device=given.device,
-            batch_windows=given.batch_windows,
-            carried=manifest.carried,
-        )
-        options.check_hop(plan.settings, bundle.config.window_seconds)
-        if earlier:
-            earlier.check(plan)
-            plan = replace(plan, carried=tuple(sorted({*plan.carried, *earlier.carried})))
-        before = count_committed(plan.output)
-        runs.write_run(plan, manifest, bundle.card, earlier)
+        plan, earlier = make_plan(given, manifest, bundle)
+        before = read_totals(plan.output)
+        if not runs.write_run(plan, manifest, bundle.card, earlier):
+            # Another first run on this output, started at the same moment, was there before.
+            plan, earlier = make_plan(given, manifest, bundle)
+            runs.write_run(plan, manifest, bundle.card, earlier)
     except (UsageError, ManifestError, bundles.BundleError, runs.RunError, StorageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -69,7 +68,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return conclude(plan, manifest, bundle, before, earlier, with_report=given.report)
+    return conclude(plan, manifest, bundle, before, with_report=given.report)
+
+
+def make_plan(
+    given: argparse.Namespace, manifest: Manifest, bundle: bundles.VerifiedBundle
+) -> tuple[Plan, runs.EarlierRun | None]:
+    """The run that the command line asks for, and the one that the output holds; nothing is written.
+
+    Raises UsageError, or RunError where the output does not allow it.
+    """
+    earlier = runs.require_run(given.output) if given.retry_errors else runs.read_run(given.output)
+    plan = Plan(
+        output=given.output,
+        shards=given.num_shards or (earlier.shards if earlier else options.default_shards(manifest.rows)),
+        settings=options.settings_of(given),
+        bundle=given.model,
+        bundle_digest=bundle.digest,
+        device=given.device,
+        batch_windows=given.batch_windows,
+        carried=manifest.carried,
+        retry_errors=given.retry_errors,
+    )
+    options.check_hop(plan.settings, bundle.config.window_seconds)
+    if earlier:
+        earlier.check(plan, given.allow_other_settings)
+        plan = replace(plan, carried=tuple(sorted({*plan.carried, *earlier.carried})))
+    return plan, earlier
 
 
 def run_pipeline(manifest: Manifest, plan: Plan, pipeline_options: PipelineOptions) -> None:
@@ -85,30 +110,38 @@ def conclude(
     plan: Plan,
     manifest: Manifest,
     bundle: bundles.VerifiedBundle,
-    before: tuple[int, int],
-    earlier: runs.EarlierRun | None,
+    before: Totals,
     with_report: bool,
 ) -> int:
     """Read the committed tables back, check that every row is in one of them, and say so."""
-    metrics, errors = count_committed(plan.output)
-    counts = {"rows": manifest.rows, "metrics": metrics, "errors": errors}
+    total = read_totals(plan.output)
+    counts = {"rows": manifest.rows, "metrics": total.metrics, "errors": total.errors}
+    # Read again: a run beside this one may have added its manifest.
+    earlier = runs.read_run(plan.output)
     runs.write_run(plan, manifest, bundle.card, earlier, counts)
-    new = metrics + errors - sum(before)
-    print(f"{metrics - before[0]} rows separated, {errors - before[1]} errors in this run")
-    if new == 0:
-        print("nothing to do: every row was committed by an earlier run")
-    surplus = metrics + errors - manifest.rows
+    separated = total.metrics - before.metrics
+    if plan.retry_errors:
+        print(f"{separated} of {before.errors} failed rows separated, {total.errors} remain")
+    else:
+        print(f"{separated} rows separated, {total.errors - before.errors} errors in this run")
+        if (total.metrics, total.errors) == (before.metrics, before.errors):
+            print("nothing to do: every row was committed by an earlier run")
+    sums = f"metrics {total.metrics} + errors {total.errors}"
+    surplus = total.metrics + total.errors - manifest.rows
     # Rows that were edited or taken out since stay in the tables. Without another manifest there are none.
-    explained = surplus > 0 and earlier is not None and {*earlier.manifests} - {manifest.digest}
+    explained = surplus > 0 and earlier is not None and len(earlier.manifests) > 1
     left = f"rows in {manifest.rows}" + (f" + {surplus} of earlier manifests" if explained else "")
-    if surplus and not explained:
-        print(f"error: {left} is not metrics {metrics} + errors {errors}; run again", file=sys.stderr)
+    if surplus < 0 and plan.retry_errors:
+        print(f"{left} = {sums} + pending {-surplus}; a run without --retry-errors does these")
+    elif surplus and not explained:
+        print(f"error: {left} is not {sums}; run again", file=sys.stderr)
         return 1
-    print(f"{left} = metrics {metrics} + errors {errors}")
+    else:
+        print(f"{left} = {sums}")
     if with_report:
         report.print_report(plan.output)
-    elif errors:
-        report.print_errors(plan.output)
+    elif total.failures:
+        print("\n".join(failure_lines(total.failures)))
     return 0
 
 

@@ -1,16 +1,11 @@
-"""The metrics and errors tables: columns, file names, and what is committed.
-
-A shard's rows are committed in parts, each one errors file and one metrics file. The metrics file is written
-last, even when it is empty: it is the mark that the part is whole. An errors file without it does not count.
-Deleting a metrics file has the part redone; deleting an errors file, only its rows.
-"""
+"""The metrics and errors tables: their columns and files."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clapsep.metrics import DEFINITIONS
+from clapsep.retry import describe
 from pipelines import storage
-from pipelines.rows import Row
 
 _TEXTS = pa.list_(pa.string())
 _METRICS: tuple[tuple[str, pa.DataType, str], ...] = (
@@ -28,6 +23,7 @@ _METRICS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("manifest", pa.string(), "URI of the manifest file"),
     ("row", pa.int64(), "number of the row in its manifest file, from 1"),
     ("row_digest", pa.string(), "digest of the row's contents"),
+    ("key", pa.string(), "digest of manifest name, row number and contents; no row is in both tables"),
     ("mixture", pa.string(), "URI of the recording; null where it was mixed from target and interference"),
     ("target", pa.string(), "URI of the clean reference"),
     ("interference", pa.string(), "URI of what was mixed with the target"),
@@ -74,6 +70,7 @@ _ERRORS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("attempt", pa.int32(), "how often the row was tried, from 1"),
     ("host", pa.string(), "machine that tried it"),
 )
+_PART_FILE = re.compile(r"(?:^|/)shard-([0-9]+-of-[0-9]+)-part-([0-9]+)\.parquet$")
 METRICS_COLUMNS = frozenset(name for name, _, _ in _METRICS)
 
 
@@ -99,13 +96,6 @@ def _schema(columns: Iterable[tuple[str, pa.DataType, str]]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, metadata={"description": text}) for name, kind, text in columns])
 
 
-def encode(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
-    """A Parquet file; columns that a row does not have are null."""
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer, compression="zstd")
-    return buffer.getvalue()
-
-
 @dataclass(frozen=True)
 class Shard:
     """Names of everything that one shard writes."""
@@ -127,89 +117,45 @@ class Shard:
         """Path of a stem, residual or mixture, relative to the output."""
         return f"{folder}/{self.name}/{name}.{extension}"
 
-    def committed(self) -> Committed:
-        """The rows that this shard has finished. Looks at its own files only."""
-        marks, errors = _committed_files(self.output, f"shard-{self.name}-part-*.parquet")
-        digests: dict[str, str] = {}
-        attempts: dict[str, int] = {}
-        for mark in marks:
-            finished = _read(mark, ["id", "row_digest"]).to_pylist()
-            digests.update((row["id"], row["row_digest"]) for row in finished)
-        for uri in errors:
-            for key in _read(uri, ["key"]).column("key").to_pylist():
-                attempts[key] = attempts.get(key, 0) + 1
-        # One more than the last, not their number: a part may have been deleted to have it redone.
-        parts = [int(mark.removesuffix(".parquet").rpartition("-")[2]) for mark in marks]
-        return Committed(max(parts, default=-1) + 1, digests, attempts)
 
-    def commit(
-        self,
-        part: int,
-        metrics: Sequence[Mapping[str, Any]],
-        errors: Sequence[Mapping[str, Any]],
-        carried: Iterable[str] = (),
-    ) -> None:
-        """Write a part; the metrics file, last, makes it count. Raises StorageError."""
-        storage.write_bytes(self.table("errors", part), encode(errors, errors_schema()))
-        storage.write_bytes(self.table("metrics", part), encode(metrics, metrics_schema(carried)))
+def shard_and_part(uri: str) -> tuple[str, int] | None:
+    """(shard name, part number) that the name of a table's file holds; None where it is none."""
+    match = _PART_FILE.search(uri)
+    return (match[1], int(match[2])) if match else None
 
 
-@dataclass(frozen=True)
-class Committed:
-    """What a shard has finished.
-
-    `digests` are those of the rows with metrics, by id; `attempts` says how often each row key failed.
-    """
-
-    next_part: int
-    digests: Mapping[str, str]
-    attempts: Mapping[str, int]
-
-    def __contains__(self, row: Row) -> bool:
-        """Whether the row, with these contents, is finished."""
-        return row.key in self.attempts or (row.error is None and self.digests.get(row.id) == row.digest)
+def encode(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> bytes:
+    """A Parquet file; columns that a row does not have are null."""
+    return encode_table(pa.Table.from_pylist(list(rows), schema=schema))
 
 
-def read_committed(output: str) -> tuple[pa.Table, pa.Table]:
-    """(metrics, errors) of every committed part, sorted by manifest and row.
-
-    Raises StorageError when a part cannot be read.
-    """
-    found = _committed_files(output)
-    metrics, errors = (
-        pa.concat_tables([schema.empty_table(), *map(_read, uris)], promote_options="default")
-        for schema, uris in zip((metrics_schema(), errors_schema()), found, strict=True)
-    )
-    order = [("manifest", "ascending"), ("row", "ascending")]
-    return metrics.sort_by(order), errors.sort_by(order)
+def encode_table(table: pa.Table) -> bytes:
+    """A Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
 
 
-def count_committed(output: str) -> tuple[int, int]:
-    """Rows of the committed (metrics, errors) tables, from the files' footers."""
-
-    def rows(uri: str) -> int:
-        filesystem, path = storage.open_filesystem(uri)
-        with filesystem.open(path, "rb") as file:
-            return pq.ParquetFile(file).metadata.num_rows
-
-    with ThreadPoolExecutor(16) as pool:
-        metrics, errors = (sum(pool.map(rows, uris)) for uris in _committed_files(output))
-    return metrics, errors
+def read(uri: str, columns: list[str] | None = None) -> pa.Table:
+    """A file of a table, or those of the columns that it has. Raises StorageError."""
+    with _opened(uri) as file:
+        return file.read(columns)
 
 
-def _committed_files(output: str, pattern: str = "shard-*.parquet") -> tuple[list[str], list[str]]:
-    """URIs of the metrics files, and of the errors files of the same parts."""
-    metrics, errors = (
-        storage.list_files(storage.join(output, kind, pattern)) for kind in ("metrics", "errors")
-    )
-    parts = {uri.rpartition("/")[2] for uri in metrics}
-    return metrics, [uri for uri in errors if uri.rpartition("/")[2] in parts]
+def count_rows(uri: str) -> int:
+    """Rows of a file of a table, from its footer. Raises StorageError."""
+    with _opened(uri) as file:
+        return file.metadata.num_rows
 
 
-def _read(uri: str, columns: list[str] | None = None) -> pa.Table:
+@contextmanager
+def _opened(uri: str) -> Iterator[pq.ParquetFile]:
     try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(uri)), columns=columns)
+        with storage.open_file(uri) as file:
+            yield pq.ParquetFile(file)
     except pa.ArrowException as error:
         raise storage.StorageError(
-            f"{uri}: not a Parquet file ({error}); delete it to have its shard redone"
+            f"{uri}: not a Parquet file ({error}); delete it to have its rows done again"
         ) from error
+    except OSError as error:
+        raise storage.StorageError(f"{uri}: cannot be read ({describe(error)})") from error

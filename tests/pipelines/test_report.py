@@ -68,7 +68,7 @@ def test_a_recording_that_is_gone_does_not_stop_the_report(output):
 
 
 def _rows(output):
-    from pipelines.tables import read_committed
+    from pipelines.commits import read_committed
 
     return read_committed(str(output))[0].to_pylist()
 

@@ -16,7 +16,7 @@ import torch
 
 from clapsep import bundle as bundles
 from pipelines import separation, storage
-from pipelines.tables import Shard, read_committed
+from pipelines.commits import read_committed
 from tests.pipelines.conftest import files, run, tables, write_bundle, write_jsonl
 
 NAMES = "abcdefgh"
@@ -52,7 +52,7 @@ def test_a_second_run_does_no_work_and_says_so(started, random_bundle, model_cal
     manifest, output = started
     before = files(output)
     monkeypatch.setattr(separation.bundles, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(separation, "_SHARED_BUNDLE", separation.Shared())
+    monkeypatch.setattr(separation, "_SHARED", separation.Shared())
     assert run(manifest, output, random_bundle) == 0
     assert model_calls == []
     assert files(output) == before
@@ -124,7 +124,7 @@ def test_moving_manifest_and_audio_keeps_what_is_committed(audio, random_bundle,
     assert (metrics.num_rows, errors.num_rows) == (1, 1)
 
 
-def test_deleting_a_part_has_it_redone(started, random_bundle, model_calls):
+def test_deleting_a_metrics_file_has_its_rows_done_again(started, random_bundle, model_calls):
     manifest, output = started
     before, expected = files(output), committed(output)
     victim = next(name for name in before if name.startswith("metrics") and json_rows(output / name))
@@ -161,41 +161,34 @@ def windows(row):
     return 1 + max(0, -(-(row["duration_s"] - 2.5) // 1.875))
 
 
-def test_errors_without_their_metrics_file_do_not_count(started, rows, random_bundle):
-    manifest, output = started
-    shard = next(s for s in (Shard(str(output), i, 3) for i in range(3)) if s.committed().attempts)
-    unfinished = shard.table("errors", shard.committed().next_part)
-    Path(unfinished).write_bytes(b"half a file of a killed run")
-    assert committed(output) == (set(NAMES) - {"d"}, {"d"})
-    # A row that lands in the same shard: its part overwrites what the killed run left.
-    write_jsonl(manifest, [*rows, {**rows[3], "id": "again"}])
-    assert run(manifest, output, random_bundle) == 0
-    assert committed(output)[1] == {"d", "again"}
-    assert json_rows(unfinished)[0]["id"] == "again"
-
-
-@pytest.mark.parametrize("kind", ["errors", "metrics"])
-def test_a_failed_commit_leaves_the_shard_undone_and_the_next_run_does_it(
-    rows, random_bundle, tmp_path, monkeypatch, capsys, kind
+@pytest.mark.parametrize(("kind", "left"), [("metrics", set()), ("errors", set(NAMES) - {"d"})])
+def test_a_failed_commit_is_made_up_for_by_the_next_run(
+    rows, random_bundle, tmp_path, monkeypatch, capsys, kind, left
 ):
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     output = tmp_path / "output"
-    write = storage.write_bytes
-
-    def full_disk(uri, data):
-        if f"/{kind}/" in uri:
-            raise storage.StorageError(f"{uri}: cannot be written (No space left on device)")
-        write(uri, data)
-
-    monkeypatch.setattr(storage, "write_bytes", full_disk)
+    for name in ("write_bytes", "create_bytes"):
+        monkeypatch.setattr(storage, name, full_for(kind, getattr(storage, name)))
     assert run(manifest, output, random_bundle, "--num-shards", "1") == 1
     message = capsys.readouterr().err
     assert "No space left on device" in message
     assert "the same command goes on" in message
-    assert committed(output) == (set(), set())
+    assert committed(output) == (left, set()), "the metrics come first, and stay"
     monkeypatch.undo()
     assert run(manifest, output, random_bundle) == 0
     assert committed(output) == (set(NAMES) - {"d"}, {"d"})
+    assert len(read_committed(str(output))[0]) == 7
+
+
+def full_for(kind, write):
+    """`write` on a disk that has no room for tables of that kind."""
+
+    def full(uri, data):
+        if f"/{kind}/" in uri:
+            raise storage.StorageError(f"{uri}: cannot be written (No space left on device)")
+        return write(uri, data)
+
+    return full
 
 
 @pytest.mark.parametrize(
@@ -231,13 +224,13 @@ import sys, time
 from clapsep.model import ClapSep
 from pipelines import separate
 
-original = ClapSep.separate
+original = ClapSep.encode
 
-def slow(self, mixture, condition):
+def slow(self, mixture):
     time.sleep(0.2)
-    return original(self, mixture, condition)
+    return original(self, mixture)
 
-ClapSep.separate = slow
+ClapSep.encode = slow
 sys.exit(separate.main(sys.argv[1:]))
 """
 
