@@ -48,6 +48,11 @@ class Window:
     errors: dict[int, Exception] = field(default_factory=dict)
     missing: int = 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all its stems, or errors in their place; once it has been with the batcher."""
+        return self.missing == 0
+
 
 @dataclass(eq=False)
 class _Unit:
@@ -98,8 +103,8 @@ class Batcher:
         size = self._size.windows
         return len(self._units) >= size or self._waiting >= _STEMS_PER_WINDOW * size
 
-    def add(self, window: Window) -> bool:
-        """Take a window; whether it is complete at once, because nothing of it has to be run."""
+    def add(self, window: Window) -> None:
+        """Take a window; it is complete at once if nothing of it has to be run."""
         window.stems = np.zeros((len(window.requests), *window.mixture.shape), np.float32)
         for channel, samples in enumerate(window.fingerprints):
             if samples is None:  # masks leave silence silent
@@ -118,7 +123,6 @@ class Batcher:
                 unit.waiting.setdefault(query, []).append((window, number, channel))
                 self._waiting += 1
                 window.missing += 1
-        return window.missing == 0
 
     def run(self) -> list[Window]:
         """Run one batch and return the windows that it completes."""
@@ -147,19 +151,26 @@ class Batcher:
         return complete
 
     def _separate(self, batch: Sequence[_Wanted]) -> list[np.ndarray | Exception]:
+        units = list(dict.fromkeys(unit for unit, _ in batch))
+        if len(units) > self._size.windows:
+            return self._separate_parts(batch, set(units[: self._size.windows]))
         try:
             return self._forward(batch)
         except Exception as raised:
             # Its frames would hold the memory that the next try needs.
             error = raised.with_traceback(None)
-        units = list(dict.fromkeys(unit for unit, _ in batch))
-        if is_out_of_memory(error):
-            self._shrink(max(len(units), min(len(batch), self._size.windows)))
+        tried = max(len(units), min(len(batch), self._size.windows))
+        if is_out_of_memory(error) and tried > 1:
+            self._shrink(tried)
+            return self._separate(batch)
         if len(batch) == 1:
             return [error]
         logger.warning("a batch of %d stems failed, trying its halves: %r", len(batch), error)
-        # What fails with one window must not fail its neighbours. The stems of a window stay together.
-        first = set(units[: len(units) // 2])
+        # What fails with one window must not fail its neighbours.
+        return self._separate_parts(batch, set(units[: len(units) // 2]))
+
+    def _separate_parts(self, batch: Sequence[_Wanted], first: set[_Unit]) -> list[np.ndarray | Exception]:
+        """The stems of the `first` windows, then the others; where there are none, half of the stems."""
         middle = sum(unit in first for unit, _ in batch) or len(batch) // 2
         return self._separate(batch[:middle]) + self._separate(batch[middle:])
 

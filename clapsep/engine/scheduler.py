@@ -139,10 +139,10 @@ class _Scheduler:
                 reported = delivered
                 yield from settled
                 if batch_is_due:
-                    complete = self.batcher.run()
+                    touched = dict.fromkeys(window.owner for window in self.batcher.run())
                     with self.changed:
-                        for window in complete:
-                            self.pass_on(window)
+                        for task in touched:
+                            self.pass_on(task)
                 elif finished:
                     return
         finally:
@@ -164,8 +164,9 @@ class _Scheduler:
             task = self.turns[0]
             if task.ready:
                 window = task.ready.popleft()
-                if self.batcher.add(window):
-                    self.pass_on(window)
+                self.batcher.add(window)
+                task.collected.append(window)
+                self.pass_on(task)
                 self.turns.rotate(-1)
                 self.changed.notify_all()
             elif task.decoded:
@@ -176,13 +177,15 @@ class _Scheduler:
                 return False
         return True
 
-    def pass_on(self, window: Window) -> None:
-        task = window.owner
-        for number, error in window.errors.items():
-            self.fail(task, [task.outputs[number]], error, "separate")
-        task.separated.append(window)
-        self.behind += 1
-        self.encode_soon(task)
+    def pass_on(self, task: Task) -> None:
+        # What has not to be run is complete before what came earlier.
+        while task.collected and task.collected[0].is_complete:
+            window = task.collected.popleft()
+            for number, error in window.errors.items():
+                self.fail(task, [task.outputs[number]], error, "separate")
+            task.separated.append(window)
+            self.behind += 1
+            self.encode_soon(task)
 
     def close(self) -> None:
         with self.changed:

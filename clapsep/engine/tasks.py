@@ -49,6 +49,8 @@ class Task:
         # Decoded blocks, the mixture's and each output's target's, wait here for their stems.
         self.blocks: deque[tuple[np.ndarray, list[np.ndarray | None]]] = deque()
         self.ready: deque[Window] = deque()
+        # With the model, or waiting for one that is; belongs to the thread that iterates.
+        self.collected: deque[Window] = deque()
         self.separated: deque[Window] = deque()
         self.unencoded = 0
         self.decoded = False
