@@ -18,19 +18,22 @@ import numpy as np
 
 from clapsep.audio import AudioError, Recording, StreamResampler
 
+_LOUDEST = float(np.finfo(np.float32).max) / 2
+
 
 def interference_gain(target_energy: float, interference_energy: float, snr_db: float) -> float:
     """The factor on the interference that puts the target `snr_db` decibels above it.
 
     Energies are sums of squared samples over the same span. Raises ValueError when one of them is not
-    positive: no gain can then reach the ratio.
+    positive: no gain can then reach the ratio. Infinite where the gain is beyond the floats.
     """
     if not (target_energy > 0 and interference_energy > 0):
         raise ValueError(
             f"target energy {target_energy:g} and interference energy {interference_energy:g} must both be "
             f"positive to mix at {snr_db:g} dB: a silent recording has no signal-to-noise ratio"
         )
-    return float(np.sqrt(target_energy / interference_energy) * 10.0 ** (-snr_db / 20.0))
+    with np.errstate(over="ignore"):
+        return float(np.sqrt(target_energy / interference_energy) * np.float64(10.0) ** (-snr_db / 20.0))
 
 
 class Mixture:
@@ -74,6 +77,11 @@ class Mixture:
                     f"{uri}: silent over the mixed segment, cannot be mixed at {self.snr_db:g} dB"
                 )
         self.gain = interference_gain(target_energy, interference_energy, self.snr_db)
+        # No sample is larger than the root of the energy.
+        if max(self.gain, self.gain * interference_energy**0.5) > _LOUDEST:
+            raise AudioError(
+                f"{self.interference_uri}: at snr_db={self.snr_db:g} its samples pass 32-bit floats"
+            )
         return self
 
     def __exit__(

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from clapsep.audio import Recording, StreamResampler
+from clapsep.audio import AudioError, Recording, StreamResampler
 from clapsep.clap import Clap
 from clapsep.config import ModelConfig
 
@@ -188,6 +188,8 @@ class QueryEncoder:
         count = 0
         batch: list[np.ndarray] = []
         for samples in encoder_windows(_mono(uri, sample_rate), window):
+            if len(samples) == 0:
+                raise AudioError(f"{uri!r} is too short for a query: no sample is left at {sample_rate} Hz")
             batch.append(repeat_pad(samples, window))
             count += 1
             if len(batch) == WINDOW_BATCH:

@@ -19,9 +19,11 @@ from clapsep.retry import describe
 # libsndfile gives a FLAC stream of unknown length (encoded to a pipe) as the largest 64-bit integer.
 _UNKNOWN_FRAMES = 1 << 62
 # Encoders that write to a pipe put 0xFFFFFFFF or 0x7FFFF000 where the size belongs: that is no truncation.
-_PLACEHOLDER_BYTES = 0x7FFF0000
+_PLACEHOLDER_BYTES = range(0x7FFF0000, 0x100000000)
 _HEADER_SLACK_BYTES = 8  # careless tools miscount their padding
-_WRONG_SIZE = re.compile(r"(?:data|SSND|Data Size|riff)\s*: (\d+) \(should be (\d+)\)")
+# A mixture holds a second of its interference at its target's rate: no header may ask for gigabytes.
+_HIGHEST_RATE_HZ = 1_000_000
+_WRONG_SIZE = re.compile(r"(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)")
 
 
 class Decoder:
@@ -44,7 +46,7 @@ class Decoder:
                 raise OSError("it is not a file")
             self._file = soundfile.SoundFile(self._callbacks or path)
             self._check_fetched()
-            self._check_length()
+            self._check_header()
         except Exception as error:
             # url_to_fs and remote file systems raise whatever their client library does.
             self.close()
@@ -85,23 +87,26 @@ class Decoder:
                     raise self._failure(f"is NaN or infinite at {where}; cut it out by start and duration")
                 yield block
                 position += len(block)
-        except soundfile.LibsndfileError as error:
-            problem = f"cannot be decoded from sample {position}: {error.error_string or 'damaged data'}"
-            raise self._failure(problem) from error
+        except (soundfile.LibsndfileError, ValueError) as error:
+            # soundfile's ValueError: the decoder of a damaged MP3 stands past the end after seeking.
+            cause = getattr(error, "error_string", "") or "damaged data"
+            raise self._failure(f"cannot be decoded from sample {position}: {cause}") from error
 
     def _check_fetched(self) -> None:
         """What libsndfile could not read it may take for the end of the file, or for silence."""
         if self._callbacks is not None and self._callbacks.error is not None:
             raise self._failure("")
 
-    def _check_length(self) -> None:
+    def _check_header(self) -> None:
+        if self._file.samplerate > _HIGHEST_RATE_HZ:
+            raise self._failure(f"has {self._file.samplerate} Hz; at most {_HIGHEST_RATE_HZ} Hz are read")
         if self._file.frames >= _UNKNOWN_FRAMES:
             raise self._failure("does not say in its header how long it is; encode it again to a file")
         if self._file.frames < 1:
             raise self._failure("holds no samples")
         # libsndfile reads a truncated WAV, AIFF, AU or W64 as a shorter one and says so only in its log.
         for claimed, real in _WRONG_SIZE.findall(self._file.extra_info):
-            if int(real) + _HEADER_SLACK_BYTES < int(claimed) < _PLACEHOLDER_BYTES:
+            if int(real) + _HEADER_SLACK_BYTES < int(claimed) and int(claimed) not in _PLACEHOLDER_BYTES:
                 raise self._failure(f"is truncated: {real} of {claimed} bytes are there; copy it again")
 
     def _failure(self, problem: str) -> AudioError:

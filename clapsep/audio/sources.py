@@ -13,6 +13,9 @@ import numpy as np
 from clapsep.audio.blocks import AudioError, block_frames, first_non_finite
 from clapsep.audio.decoding import Decoder
 
+# Samples; the largest times have no such number.
+_FAR_PAST_THE_END = 1 << 62
+
 
 class Source(AbstractContextManager, Protocol):
     """A recording to separate: a context manager that streams the mixture and, when there is one, its target.
@@ -68,14 +71,14 @@ class Recording:
         length = f"{self.uri} is {total} samples ({total / rate:.6f} s at {rate} Hz) long"
         if not (math.isfinite(self.start) and self.start >= 0):
             raise AudioError(f"start={self.start!r} is not a time in seconds, 0 or later: {length}")
-        first = round(self.start * rate)
+        first = round(min(self.start * rate, _FAR_PAST_THE_END))
         if first >= total:
             raise AudioError(f"start={self.start!r} s lies past the end: {length}")
         if self.duration is None:
             return first, total - first
-        if not (math.isfinite(self.duration) and round(self.duration * rate) >= 1):
+        frames = round(min(self.duration * rate, _FAR_PAST_THE_END)) if math.isfinite(self.duration) else 0
+        if frames < 1:
             raise AudioError(f"duration={self.duration!r} s is less than one sample: {length}")
-        frames = round(self.duration * rate)
         if first + frames > total:
             raise AudioError(
                 f"start={self.start!r} s + duration={self.duration!r} s ends at sample {first + frames}, "

@@ -1,0 +1,106 @@
+"""Recordings and columns made to crash, hang or exhaust a decoder."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from clapsep.audio import AudioError, Recording, StreamResampler
+from clapsep.mixing import Mixture
+from clapsep.query import Query
+from tests.regenerate import signal
+
+# One frame of MP3, with a header that promises more of them.
+ONE_FRAME = (
+    "c-s5_x#I`}3`At+r2{E`Am#v~9Sr&qP!A#kkU$|aXh8x?k-=#s@EaNYM*<9302YaQJj$sA{(qivgh6hhQAxa;0Hdq{L;L?~H"
+    "6J!+^<@kPQcm8zd&k8k{m=Vf6PH{5JYOVKypiMnx#Bqw4;)}%U}32LVq;T(fWi3x;p6}RKa-P_`|#oWj|BGr{|}Tg*#k+2!-"
+    "oN}pMP5"
+)
+WAVEFORM = signal("hostile", 4000, 0.5).astype(np.float32)
+
+
+def write(path: Path, rate: int = 16000, samples: np.ndarray = WAVEFORM) -> str:
+    soundfile.write(path, samples, rate, "FLOAT")
+    return str(path)
+
+
+def read(source: Recording | Mixture) -> np.ndarray:
+    with source:
+        return np.concatenate([mixture for mixture, _ in source.blocks()])
+
+
+@pytest.mark.parametrize("start", [1e308, 1.7976931348623157e308, 1e17])
+@pytest.mark.parametrize("rate", [1, 16000, 768_000])
+def test_times_beyond_all_samples_lie_past_the_end(tmp_path, start, rate):
+    path = write(tmp_path / "a.wav", rate)
+    with pytest.raises(AudioError, match="past the end"):
+        read(Recording(path, start=start))
+    with pytest.raises(AudioError, match="past the end"):
+        read(Recording(path, duration=start))
+
+
+@pytest.mark.parametrize(("start", "duration"), [(-0.0, None), (5e-324, 0.01), (0.0, 5e-324)])
+def test_times_smaller_than_a_sample(tmp_path, start, duration):
+    recording = Recording(write(tmp_path / "a.wav"), start, duration)
+    if duration == 5e-324:
+        with pytest.raises(AudioError, match="less than one sample"):
+            read(recording)
+    else:
+        np.testing.assert_array_equal(read(recording)[:, 0], WAVEFORM[: 160 if duration else None])
+
+
+def test_ratio_that_soxr_hangs_on_is_refused(tmp_path):
+    with pytest.raises(AudioError, match="1 Hz cannot be resampled to 768000 Hz"):
+        StreamResampler(1, 1, 768_000)
+    mixture = Mixture(write(tmp_path / "fast.wav", 768_000), write(tmp_path / "slow.wav", 1))
+    with pytest.raises(AudioError, match="cannot be resampled"):
+        read(mixture)
+
+
+def test_rate_that_would_fill_the_memory_of_a_mixture_is_refused(tmp_path):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, WAVEFORM, 16000, "FLOAT", format="WAV")
+    content = bytearray(buffer.getvalue())
+    content[24:28] = struct.pack("<I", 2**31 - 1)
+    (tmp_path / "fast.wav").write_bytes(content)
+    with pytest.raises(AudioError, match="has 2147483647 Hz; at most 1000000 Hz are read"):
+        read(Recording(str(tmp_path / "fast.wav")))
+
+
+@pytest.mark.parametrize("snr_db", [-1e308, -900.0, -7000.0])
+def test_mixture_louder_than_floats_is_refused(tmp_path, snr_db):
+    quiet = write(tmp_path / "quiet.wav", samples=WAVEFORM * np.float32(1e-30))
+    for interference in (write(tmp_path / "a.wav"), quiet):
+        with pytest.raises(AudioError, match="pass 32-bit floats"):
+            read(Mixture(write(tmp_path / "t.wav"), interference, snr_db))
+    np.testing.assert_array_equal(read(Mixture(write(tmp_path / "t.wav"), quiet, 1e308))[:, 0], WAVEFORM)
+
+
+def test_truncated_rf64_of_more_than_4_gib_is_no_short_recording(tmp_path):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, WAVEFORM, 16000, "PCM_16", format="RF64")
+    content = bytearray(buffer.getvalue())
+    sizes = content.index(b"ds64") + 8
+    content[sizes : sizes + 16] = struct.pack("<QQ", 5_000_000_096, 5_000_000_000)
+    (tmp_path / "a.rf64").write_bytes(content)
+    with pytest.raises(AudioError, match="is truncated"):
+        read(Recording(str(tmp_path / "a.rf64")))
+
+
+def test_damaged_mp3_that_stands_past_its_end_after_seeking(tmp_path):
+    (tmp_path / "a.mp3").write_bytes(zlib.decompress(base64.b85decode(ONE_FRAME)))
+    with pytest.raises(AudioError, match="cannot be decoded from sample"):
+        read(Recording(str(tmp_path / "a.mp3"), start=0.1))
+
+
+def test_query_of_which_no_sample_is_left_is_refused(tmp_path, tiny):
+    path = write(tmp_path / "click.wav", 768_000, WAVEFORM[:1])
+    with pytest.raises(AudioError, match="too short for a query"):
+        tiny.queries.conditions([Query(positive_audio=path)])
