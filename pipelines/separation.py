@@ -11,7 +11,7 @@ from apache_beam.utils.shared import Shared
 
 from clapsep import bundle as bundles
 from clapsep.audio import AudioError, Source
-from clapsep.engine import Engine, Job, Request, Stats, fitting_batch
+from clapsep.engine import Job, Request, Separator, Stats, fitting_batch
 from clapsep.query import Query, QueryError
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
@@ -36,12 +36,13 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
 
     Raises BundleError where the model cannot be loaded.
     """
-    bundle, engine = _acquire(plan)
+    separator = _acquire(plan)
+    bundle = separator.bundle
     jobs, failed = _jobs(rows, shard, plan, bundle)
     PROGRESS.add(errors=len(failed))
     by_id = {row.id: row for row in rows}
     metrics: dict[str, dict[str, Any]] = {}
-    run = engine.run(jobs, _AudioProgress())
+    run = separator.engine.run(jobs, _AudioProgress())
     for result in run:
         row = by_id[result.key]
         if result.error is None:
@@ -84,6 +85,7 @@ def _metrics_row(
         "shard": shard.index,
         "row": row.number,
         "row_digest": row.digest,
+        "key": row.key,
         **measured,
         "device": str(bundle.device),
         "precision": "float32",
@@ -104,10 +106,10 @@ class _AudioProgress:
         self._seen = seconds
 
 
-def _acquire(plan: Plan) -> tuple[bundles.Bundle, Engine]:
+def _acquire(plan: Plan) -> Separator:
     settings = plan.settings
 
-    def load() -> tuple[bundles.Bundle, Engine]:
+    def load() -> Separator:
         bundle = bundles.load(plan.bundle, plan.device, allow_unfamiliar=settings.allow_unfamiliar)
         if bundle.digest != plan.bundle_digest:
             raise bundles.BundleError(
@@ -118,7 +120,8 @@ def _acquire(plan: Plan) -> tuple[bundles.Bundle, Engine]:
             plan.batch_windows
             or fitting_batch(bundle.model, bundle.config.condition_dim, bundle.device).windows
         )
-        return bundle, Engine(bundle.model, hop_seconds=settings.hop_seconds, batch_windows=windows)
+        # Beam keeps a weak reference, which a tuple could not have.
+        return Separator(bundle, hop_seconds=settings.hop_seconds, batch_windows=windows)
 
     facts = (
         plan.bundle_digest,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
@@ -88,6 +89,18 @@ def tables(output: str | Path) -> tuple[dict[str, dict], dict[str, dict]]:
     """The committed (metrics, errors), by id."""
     metrics, errors = read_committed(str(output))
     return rows_by_id(metrics), rows_by_id(errors)
+
+
+def on_disk(output: str | Path) -> tuple[list[str], list[str]]:
+    """Ids in all files of the (metrics, errors) tables, sorted, as any program sees them."""
+    return tuple(
+        sorted(
+            row["id"]
+            for path in Path(output, kind).glob("*.parquet")
+            for row in pq.read_table(path).to_pylist()
+        )
+        for kind in ("metrics", "errors")
+    )
 
 
 def files(folder: Path) -> dict[str, bytes]:
