@@ -1,7 +1,7 @@
 """What an output holds for good: the committed parts of its shards.
 
-A shard's rows are committed in parts, each one metrics file and one errors file. Whoever creates the metrics
-file has won the part, and writes its errors file next. Rows that are in neither table are pending, so a crash
+A shard's rows are committed in parts, each one metrics file and, where rows failed, one errors file. Whoever
+creates the metrics file has won the part, and writes its errors file next. Rows that are in neither table are pending, so a crash
 between the two costs the failed rows another try. Deleting a metrics file has its rows done again, deleting
 an errors file has its rows tried again.
 
@@ -125,7 +125,8 @@ def commit(
         if not storage.exists(uri):
             raise storage.StorageError(f"{uri}: cannot be created; is {storage.parent(uri)} a folder?")
         return False
-    storage.write_bytes(shard.table("errors", part), tables.encode(errors, tables.errors_schema()))
+    if errors:
+        storage.write_bytes(shard.table("errors", part), tables.encode(errors, tables.errors_schema()))
     return True
 
 

@@ -3,29 +3,27 @@
     Create(slices) -> ReadRows -> GroupByKey(ids) -> MarkDuplicates -> GroupByKey(shard) -> SeparateShard
 
 A straight line on purpose: no tagged outputs, side inputs or splittable sources, which not every runner
-executes correctly. Only rows travel, in packed blocks; waveforms never do. A local runner holds in memory all
-that is between two steps, and every runner costs time per element: a block takes hardly more than one row.
+executes correctly. Only rows travel, in packed blocks; waveforms never do.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import zlib
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import apache_beam as beam
 
+from pipelines.blocks import Entry, Packer, unpack
 from pipelines.manifest import Manifest, Slice, read_slice
 from pipelines.options import Plan
-from pipelines.rows import Row, duplicate_of, pack_rows, parse_row, place, unpack_rows
+from pipelines.rows import Row
 from pipelines.shards import SeparateShard
 
-# Rows whose ids are compared by one call, which holds them all: few calls make full blocks for the shards.
-ROWS_PER_GROUP = 50_000
-# Rows that are read before their blocks are passed on.
-ROWS_READ_AHEAD = 20_000
+# Rows whose ids are compared at a time. The more there are, the fuller are the blocks for the shards.
+ROWS_PER_GROUP = 100_000
 
 
 class SeparateManifest(beam.PTransform):
@@ -45,37 +43,33 @@ class SeparateManifest(beam.PTransform):
             | "Slices" >> beam.Create(self._slices)
             | "ReadRows" >> beam.ParDo(ReadRows(self._plan, self._groups)).with_output_types(blocks)
             | "GroupIds" >> beam.GroupByKey()
-            | "MarkDuplicates" >> beam.ParDo(MarkDuplicates(self._plan)).with_output_types(blocks)
+            | "MarkDuplicates" >> beam.ParDo(MarkDuplicates()).with_output_types(blocks)
             | "GroupByShard" >> beam.GroupByKey()
             | "SeparateShard" >> beam.ParDo(SeparateShard(self._plan))
         )
 
 
 class ReadRows(beam.DoFn):
-    """A slice to (group, block of rows) pairs; rows of one id are in one group."""
+    """A slice to (group, block) pairs; rows that claim one id are in one group."""
 
     def __init__(self, plan: Plan, groups: int) -> None:
-        self._settings = plan.settings
+        self._plan = plan
         self._groups = groups
 
     def process(self, part: Slice) -> Iterator[tuple[int, bytes]]:
-        """Validate every row of the slice."""
-        held = _Blocks()
+        """Find out of every row of the slice whether it is valid, its id and its shard."""
+        packer = Packer()
         for number, record in read_slice(part):
-            row = parse_row(
-                record,
-                manifest=part.uri,
-                number=number,
-                name=part.name,
-                positive=self._settings.positive,
-                negative=self._settings.negative,
-            )
+            entry = Entry(part.uri, part.name, number, record)
+            row = entry.row(self._plan.settings)
             # Bad rows have no say in whose an id is, and a file full of them must not be one group's.
             name = row.id if row.error is None else row.key
-            held.add(zlib.crc32(name.encode()) % self._groups, row)
-            if held.rows == ROWS_READ_AHEAD:
-                yield from held.take()
-        yield from held.take()
+            shard = shard_of(row, self._plan.shards)
+            claim = None if row.error else row.id
+            packer.add(zlib.crc32(name.encode()) % self._groups, (claim, shard, entry))
+            if packer.is_full:
+                yield from packer.take()
+        yield from packer.take()
 
 
 class MarkDuplicates(beam.DoFn):
@@ -83,39 +77,25 @@ class MarkDuplicates(beam.DoFn):
     the others become errors.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._shards = plan.shards
-
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[tuple[int, bytes]]:
         """Settle who has each id."""
-        owners: dict[str, Row] = {}
-        held = _Blocks()
-        for row in sorted(unpack_rows(element[1]), key=place):
-            if row.error is None and (owner := owners.setdefault(row.id, row)) is not row:
-                row = duplicate_of(row, owner)
-            held.add(shard_of(row, self._shards), row)
-        yield from held.take()
+        _, blocks = element
+        owners: dict[str, tuple[str, int]] = {}
+        for claim, _, entry in unpack(blocks):
+            if claim is not None:
+                place = sys.intern(entry.manifest), entry.number
+                owners[claim] = min(owners.get(claim, place), place)
+        packer = Packer()
+        for claim, shard, entry in unpack(blocks):
+            owner = owners.get(claim)
+            if owner not in (None, (entry.manifest, entry.number)):
+                entry = entry._replace(owner=owner)
+            packer.add(shard, entry)
+            if packer.is_full:
+                yield from packer.take()
+        yield from packer.take()
 
 
 def shard_of(row: Row, shards: int) -> int:
     """The shard of a row: a fixed function of its recording, so that all queries of one recording meet."""
     return int(row.recording, 16) % shards
-
-
-class _Blocks:
-    """Rows that wait, by key, until there are enough to pack."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-        self._held: dict[int, list[Row]] = defaultdict(list)
-
-    def add(self, key: int, row: Row) -> None:
-        self._held[key].append(row)
-        self.rows += 1
-
-    def take(self) -> Iterator[tuple[int, bytes]]:
-        """(key, block) of all that wait."""
-        while self._held:
-            key, rows = self._held.popitem()
-            yield key, pack_rows(rows)
-        self.rows = 0

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +20,8 @@ DIGEST_DIGITS = 20
 # The longest path on Linux: an audio file's id is its path.
 MOST_ID_CHARACTERS = 4096
 MOST_ERROR_CHARACTERS = 2000
+# json.dumps would make an encoder for every call.
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode
 # Only small letters: on some stores "Dog" and "dog" are one file.
 _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 # Windows takes these for devices, whatever follows the first dot.
@@ -131,7 +131,7 @@ def _validated(
     row: Row, filled: Mapping[str, Any], positive: tuple[str, ...], negative: tuple[str, ...]
 ) -> Row:
     for column, value in filled.items():
-        if printable(column) != column or _as_text(value) != _as_text(value, escape=False):
+        if not (_is_unicode(column) and _is_unicode(value)):
             raise _InvalidFieldError(column, value, "is not Unicode text; save the manifest as UTF-8")
     folder = storage.parent(row.manifest)
     identifier = filled.get("id")
@@ -173,9 +173,9 @@ def _validated(
     )
 
 
-def duplicate_of(row: Row, first: Row) -> Row:
-    """`row` as an error row, because `first` comes earlier and has its id."""
-    message = f"id: row {first.number} of {first.manifest} has this id and runs; give every row its own"
+def duplicate_of(row: Row, manifest: str, number: int) -> Row:
+    """`row` as an error row, because row `number` of `manifest` comes earlier and has its id."""
+    message = f"id: row {number} of {manifest} has this id and runs; give every row its own"
     return row.fail(RowError("manifest", "DuplicateId", message, row.id))
 
 
@@ -191,17 +191,6 @@ def conflict_with_committed(row: Row) -> Row:
 def place(row: Row) -> tuple[str, int]:
     """Where the row stands: rows sorted by it are in manifest order."""
     return row.manifest, row.number
-
-
-def pack_rows(rows: Sequence[Row]) -> bytes:
-    """Rows as they travel between workers: neighbours are much alike, so a block of many takes little."""
-    return zlib.compress(pickle.dumps(rows, pickle.HIGHEST_PROTOCOL), level=1)
-
-
-def unpack_rows(blocks: Iterable[bytes]) -> Iterator[Row]:
-    """The rows of some blocks, one block at a time in memory."""
-    for block in blocks:
-        yield from pickle.loads(zlib.decompress(block))
 
 
 def file_name(identifier: str) -> str:
@@ -220,8 +209,7 @@ def file_name(identifier: str) -> str:
 
 def digest(value: Any) -> str:
     """Hexadecimal digest of anything JSON can hold; the same on every machine."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_DIGITS]
+    return hashlib.sha256(_encode(value).encode()).hexdigest()[:DIGEST_DIGITS]
 
 
 def printable(text: str) -> str:
@@ -293,8 +281,21 @@ def _number(
     return number
 
 
-def _as_text(value: Any, escape: bool = True) -> str | None:
+def _as_text(value: Any) -> str | None:
     if value is None:
         return None
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return printable(text) if escape else text
+    return printable(value if isinstance(value, str) else _to_json(value))
+
+
+def _is_unicode(value: Any) -> bool:
+    if isinstance(value, bool | int | float):
+        return True
+    try:
+        (value if isinstance(value, str) else _to_json(value)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)

@@ -12,10 +12,11 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 
 from clapsep.engine.jobs import Stats
+from pipelines.blocks import rows_of
 from pipelines.commits import Committed, commit, read_shard, rewrite_superseded
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
-from pipelines.rows import Row, conflict_with_committed, place, unpack_rows
+from pipelines.rows import Row, conflict_with_committed, place
 from pipelines.separation import Separated, separate_rows
 from pipelines.tables import Shard
 
@@ -48,7 +49,7 @@ class SeparateShard(beam.DoFn):
         """Bring one shard up to date."""
         index, blocks = element
         shard = Shard(self._plan.output, index, self._plan.shards)
-        rows = sorted(unpack_rows(blocks), key=place)
+        rows = sorted(rows_of(blocks, self._plan.settings), key=place)
         at_first = committed = _visit(shard)
         pending = self._pending(rows, committed, at_first)
         summary = ShardSummary(skipped=len(rows) - len(pending))
@@ -60,7 +61,9 @@ class SeparateShard(beam.DoFn):
             done = self._separate(pending, shard, summary)
             if self._commit(done, shard, committed):
                 summary.separated, summary.errors = len(done.metrics), len(done.failed)
-                _visit(shard)
+                if committed.attempts:
+                    # What of them is done now is taken out.
+                    _visit(shard)
                 break
             logger.warning(
                 "shard %s: another run on this output committed it first; doing what is still pending",
