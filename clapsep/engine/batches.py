@@ -108,17 +108,17 @@ class Batcher:
         window.stems = np.zeros((len(window.requests), *window.mixture.shape), np.float32)
         for channel, samples in enumerate(window.fingerprints):
             if samples is None:  # masks leave silence silent
-                self._stats.silent += 1
+                self._stats.silent_windows += 1
                 continue
             for number, (query, request) in enumerate(window.requests):
                 known = self._recall((samples, query))
                 if known is not None:
                     window.stems[number, channel] = known
-                    self._stats.repeated += 1
+                    self._stats.repeated_stems += 1
                     continue
                 unit = self._units.setdefault(samples, _Unit(samples, window.mixture[channel]))
                 if query in unit.waiting:
-                    self._stats.repeated += 1
+                    self._stats.repeated_stems += 1
                 unit.conditions[query] = request.condition
                 unit.waiting.setdefault(query, []).append((window, number, channel))
                 self._waiting += 1

@@ -88,8 +88,8 @@ class Stats:
     Attributes:
         windows: windows of one channel that the model encoded.
         stems: stems of such windows that it decoded; more than `windows` where queries share a recording.
-        silent: windows of one channel that were digital silence and not run.
-        repeated: stems of windows that had been separated before, same samples and same query, and not run.
+        silent_windows: windows of one channel that were digital silence and not run.
+        repeated_stems: stems of windows that were separated before, by the same query, and not made again.
         batches: calls of the encoder.
         batch_fill: how many of these were how full, in percent of the batch size at that time.
         oom_splits: how often a batch was halved for lack of memory.
@@ -99,8 +99,8 @@ class Stats:
 
     windows: int = 0
     stems: int = 0
-    silent: int = 0
-    repeated: int = 0
+    silent_windows: int = 0
+    repeated_stems: int = 0
     batches: int = 0
     batch_fill: Counter[int] = field(default_factory=Counter)
     oom_splits: int = 0

@@ -72,7 +72,7 @@ def test_stems_of_one_recording_are_those_of_single_jobs(
         np.testing.assert_array_equal(results[key].value.mixture, samples)
     assert model.encoded == results.stats.windows
     assert model.decoded == results.stats.stems == queries * model.encoded
-    assert gap or results.stats.silent == 0
+    assert gap or results.stats.silent_windows == 0
     assert results.stats.audio_seconds == pytest.approx(queries * len(samples) / rate)
 
 
@@ -165,8 +165,8 @@ def test_silence_and_repeats_are_not_run_and_change_nothing() -> None:
     engine = Engine(model, hop_seconds=1.0, batch_windows=4)
     results = run(engine, [waveform_job(samples, condition=query(1))])
     assert model.encoded == model.decoded == 4 + 2 * 4, "of 48 windows those heard for the first time"
-    assert results.stats.silent == 16
-    assert results.stats.repeated == 20
+    assert results.stats.silent_windows == 16
+    assert results.stats.repeated_stems == 20
     expected = [Content().separate(torch.from_numpy(w), query(1)[:, None]).numpy() for w in windows(samples)]
     stem = np.concatenate(expected, axis=1).T
     np.testing.assert_allclose(results["a"].value.stem, stem, rtol=0, atol=1e-6)
@@ -183,9 +183,9 @@ def test_a_repeat_beyond_the_memory_for_repeats_is_run_again() -> None:
     engine = Engine(model, hop_seconds=1.0, batch_windows=1, repeat_bytes=2 * window_bytes)
     results = run(engine, [waveform_job(samples)])
     assert model.encoded == 8
-    assert results.stats.repeated == 0
+    assert results.stats.repeated_stems == 0
     engine = Engine(model, hop_seconds=1.0, batch_windows=1, repeat_bytes=4 * window_bytes)
-    assert run(engine, [waveform_job(samples)]).stats.repeated == 4
+    assert run(engine, [waveform_job(samples)]).stats.repeated_stems == 4
 
 
 def test_the_same_samples_by_another_query_are_no_repeat() -> None:
@@ -222,7 +222,7 @@ def test_an_endless_repeat_does_not_pile_up() -> None:
     model = Counted()
     results = run(Engine(model, hop_seconds=1.0, batch_windows=2, ahead_seconds=4.0), [job])
     assert model.encoded == 1
-    assert results.stats.repeated == 599
+    assert results.stats.repeated_stems == 599
     # The bound, or all the stems that may wait for a batch; a window being cut, one in turn, a block.
     assert furthest <= (max(4, 4 * 2) + 3) * RATE
 
@@ -244,7 +244,7 @@ def test_the_embedded_default_gives_the_plain_run_s_stems(separator: Separator) 
     requests = tuple(Request(str(i), c, Collector) for i, c in enumerate(conditions))
     engine = Engine(separator.bundle.model, hop_seconds=hop / rate, batch_windows=8)
     results = run(engine, [Job(lambda: Waveform(samples, rate), requests)])
-    assert (results.stats.windows, results.stats.silent, results.stats.stems) == (2, 2, 4)
+    assert (results.stats.windows, results.stats.silent_windows, results.stats.stems) == (2, 2, 4)
     with torch.inference_mode():
         for number, condition in enumerate(conditions):
             plain = [

@@ -314,7 +314,7 @@ def test_one_model_for_all_shards_and_runs_of_a_process(audio, random_bundle, tm
     loads = []
     load = bundles.load
     monkeypatch.setattr(separation.bundles, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
-    monkeypatch.setattr(separation, "_SHARED_BUNDLE", separation.Shared())
+    monkeypatch.setattr(separation, "_SHARED", separation.Shared())
     for output in ("one", "two"):
         assert run(manifest, tmp_path / output, random_bundle, "--num-shards", "4") == 0
         assert len({row["shard"] for row in tables(tmp_path / output)[0].values()}) > 1
@@ -362,5 +362,9 @@ def test_counters_are_counted_where_beam_sees_them(audio, random_bundle, tmp_pat
         "rows_skipped": 0,
         "shards_committed": 1,
         "windows": 2,
+        "stems": 2,
+        "silent_windows": 0,
+        "repeated_stems": 0,
+        "oom_splits": 0,
         "audio_seconds": 3,
     }
