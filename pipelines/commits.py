@@ -1,9 +1,9 @@
 """What an output holds for good: the committed parts of its shards.
 
 A shard's rows are committed in parts, each one metrics file and, where rows failed, one errors file. Whoever
-creates the metrics file has won the part, and writes its errors file next. Rows that are in neither table are pending, so a crash
-between the two costs the failed rows another try. Deleting a metrics file has its rows done again, deleting
-an errors file has its rows tried again.
+creates the metrics file has won the part, and writes its errors file next. Rows that are in neither table are
+pending, so a crash between the two costs the failed rows another try. Deleting a metrics file has its rows
+done again, deleting an errors file has its rows tried again.
 
 A row that failed and was run again stands in its earlier errors file until the winner has rewritten that.
 Until then, and for good after a crash, the readers here pass over the earlier error: what is in the metrics
