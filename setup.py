@@ -30,6 +30,7 @@ setup(
         "fsspec",
         "numpy",
         "pandas",
+        "psutil",
         "pyarrow",
         "safetensors",
         "scipy",
