@@ -30,7 +30,9 @@ GIVE_UP_S = 60.0
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 16.0
 
-_TRANSIENT_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+# 410 is a lost upload session, as is 404 on its address: the upload has to begin again.
+_TRANSIENT_STATUS = frozenset({408, 410, 429, 500, 502, 503, 504})
+_UPLOAD_SESSION = "upload_id="
 _TRANSIENT_ERRNO = frozenset(
     {
         *(errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.EIO, errno.EREMOTEIO, errno.ESTALE),
@@ -87,6 +89,8 @@ def is_transient(error: BaseException) -> bool:
     """
     if isinstance(error, RetriesExhaustedError):
         return False
+    if isinstance(error, FileNotFoundError):
+        return _UPLOAD_SESSION in str(error)
     status = http_status(error)
     if status is not None:
         return status in _TRANSIENT_STATUS

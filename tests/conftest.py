@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from clapsep import bundle, convert
+from clapsep import bundle, convert, retry
 from clapsep.bundle import Bundle
 from tests.clapsep.checkpoints import write_clap, write_clapsep, write_tokenizer
+from tests.faulty_store import FaultyStore
 from tests.golden import TINY
+
+# Before gcsfs is imported: against an emulator its probes of zonal buckets take minutes.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 @pytest.fixture(scope="session")
@@ -47,3 +54,18 @@ def word_tokenizer() -> Tokenizer:
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
     return tokenizer
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries follow each other at once."""
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.0)
+
+
+@pytest.fixture
+def faulty_store() -> Iterator[type[FaultyStore]]:
+    """`faulty://`, empty."""
+    fsspec.register_implementation("faulty", FaultyStore, clobber=True)
+    FaultyStore.reset()
+    yield FaultyStore
+    FaultyStore.reset()

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 import soundfile
-from fsspec import AbstractFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -245,48 +242,3 @@ def test_damaged_files_are_an_error_or_audio_of_the_promised_length(
     except AudioError as error:
         problem = str(error)
     assert "damaged" in problem
-
-
-class FlakyFile(io.BytesIO):
-    def read(self, count: int | None = -1) -> bytes:
-        if self.tell() > 20_000:
-            raise ConnectionError("reset by peer")
-        return super().read(count)
-
-
-class FlakyFileSystem(AbstractFileSystem):
-    """Cannot be read past the first bytes, and stores nothing."""
-
-    protocol = "flaky"
-    content = b""
-
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> FlakyFile:
-        return FlakyFile(self.content)
-
-    def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
-        raise ConnectionError("store is down")
-
-
-@pytest.fixture
-def flaky() -> None:
-    fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
-
-
-@pytest.mark.usefixtures("flaky")
-def test_a_connection_lost_while_reading_is_said(wav: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FlakyFileSystem, "content", wav.read_bytes())
-    with pytest.raises(
-        AudioError, match=r"flaky://a\.wav.*could not be fetched: ConnectionError: reset by peer"
-    ):
-        read("flaky://a.wav")
-
-
-@pytest.mark.usefixtures("flaky")
-def test_a_failed_upload_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    writer = AudioWriter("flaky://b.flac", RATE, 1)
-    writer.write(noise(1000))
-    assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(AudioError, match=r"flaky://b\.flac.*store is down"):
-        writer.close()
-    assert list(tmp_path.iterdir()) == []
