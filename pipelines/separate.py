@@ -68,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
-    return conclude(plan, manifest, bundle, before, with_report=given.report)
+    try:
+        return conclude(plan, manifest, bundle, before, with_report=given.report)
+    except StorageError as error:
+        print(f"error: {error}\nThe rows are done, but could not be counted; run again.", file=sys.stderr)
+        return 1
 
 
 def make_plan(

@@ -61,8 +61,8 @@ class SeparateShard(beam.DoFn):
             done = self._separate(pending, shard, summary)
             if self._commit(done, shard, committed):
                 summary.separated, summary.errors = len(done.metrics), len(done.failed)
-                if committed.attempts:
-                    # What of them is done now is taken out.
+                if done.failed or committed.parts.next > 0:
+                    # What this part supersedes is taken out, and errors that another run wrote meanwhile.
                     _visit(shard)
                 break
             logger.warning(

@@ -69,8 +69,8 @@ class Run:
 
 
 class Events:
-    """Counts what happens: "decode" and "encode", a block each; "model", a call; and where a file is published
-    in folder F of the output, "before F" and "after F".
+    """Counts what happens: "decode" and "encode", a block each; "model", a call; and, where a file is
+    published in folder F of the output, "before F" and "after F".
     """
 
     def __init__(self, kill: tuple[str, int] | None) -> None:
