@@ -270,7 +270,8 @@ def _jsonl_records(lines: Iterable[str]) -> Iterator[Record]:
 def _arrow_records(batch: pa.RecordBatch) -> Iterator[Record]:
     try:
         records = batch.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException) as error:
+    except Exception as error:
+        # Beside ValueError and OverflowError what time zone libraries raise.
         if batch.num_rows > 1:
             for row in range(batch.num_rows):
                 yield from _arrow_records(batch.slice(row, 1))

@@ -33,6 +33,8 @@ class Decoder:
         self.uri = uri
         self._remote: RemoteFile | None = None
         self._callbacks: Callbacks | None = None
+        # Only kept for files that cannot say where they stand.
+        self._position = 0
         self._file: soundfile.SoundFile | None = None
         try:
             filesystem, path = fsspec.core.url_to_fs(uri)
@@ -44,6 +46,9 @@ class Decoder:
             elif not os.path.isfile(path):
                 # A FIFO would be waited on for ever.
                 raise OSError("it is not a file")
+            elif os.path.getsize(path) == 0:
+                # So say the files of /proc, some of which would be waited on for ever, too.
+                raise self._failure("is not audio: it holds no bytes")
             self._file = soundfile.SoundFile(self._callbacks or path)
             self._check_fetched()
             self._check_header()
@@ -73,9 +78,7 @@ class Decoder:
         step = block_frames(self.sample_rate, self.channels)
         position, end = first, first + frames
         try:
-            # Some decoders (Opus) start less exactly after a seek, so one that goes nowhere is left out.
-            if self._file.tell() != first:
-                self._file.seek(first)
+            self._go_to(first)
             while position < end:
                 block = self._file.read(min(step, end - position), dtype="float32", always_2d=True)
                 self._check_fetched()
@@ -85,12 +88,29 @@ class Decoder:
                 if bad is not None:
                     where = f"sample {position + bad} ({(position + bad) / self.sample_rate:.6f} s)"
                     raise self._failure(f"is NaN or infinite at {where}; cut it out by start and duration")
-                yield block
                 position += len(block)
+                self._position = position
+                yield block
         except (soundfile.LibsndfileError, ValueError) as error:
             # soundfile's ValueError: the decoder of a damaged MP3 stands past the end after seeking.
             cause = getattr(error, "error_string", "") or "damaged data"
             raise self._failure(f"cannot be decoded from sample {position}: {cause}") from error
+
+    def _go_to(self, first: int) -> None:
+        if self._file.seekable():
+            # Some decoders (Opus) start less exactly after a seek, so one that goes nowhere is left out.
+            if self._file.tell() != first:
+                self._file.seek(first)
+            return
+        if first < self._position:
+            raise self._failure("can only be read once, from its beginning; save it as WAV or FLAC")
+        step = block_frames(self.sample_rate, self.channels)
+        while self._position < first:
+            skipped = len(self._file.read(min(step, first - self._position)))
+            self._check_fetched()
+            if skipped == 0:
+                raise self._failure(f"ends at sample {self._position}, but its header promises {self.frames}")
+            self._position += skipped
 
     def _check_fetched(self) -> None:
         """What libsndfile could not read it may take for the end of the file, or for silence."""

@@ -100,6 +100,29 @@ def test_damaged_mp3_that_stands_past_its_end_after_seeking(tmp_path):
         read(Recording(str(tmp_path / "a.mp3"), start=0.1))
 
 
+@pytest.mark.parametrize(
+    ("container", "encoding"), [("WAV", "GSM610"), ("AU", "G723_24"), ("WAV", "G721_32"), ("XI", "DPCM_16")]
+)
+def test_encodings_without_seeking_are_read_from_any_start(tmp_path, container, encoding):
+    path = tmp_path / "a.bin"
+    soundfile.write(path, WAVEFORM, 8000, encoding, format=container)
+    expected, rate = soundfile.read(path, dtype="float32")
+    assert not soundfile.SoundFile(path).seekable()
+    np.testing.assert_array_equal(read(Recording(str(path)))[:, 0], expected)
+    segment = read(Recording(str(path), start=1000 / rate, duration=500 / rate))
+    np.testing.assert_array_equal(segment[:, 0], expected[1000:1500])
+    with Recording(str(path)) as recording:
+        assert len(list(recording.blocks())) == 1
+        with pytest.raises(AudioError, match="can only be read once"):
+            list(recording.blocks())
+
+
+@pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/kmsg"])
+def test_files_of_the_kernel_are_not_waited_for(path):
+    with pytest.raises(AudioError, match="holds no bytes"):
+        read(Recording(path))
+
+
 def test_query_of_which_no_sample_is_left_is_refused(tmp_path, tiny):
     path = write(tmp_path / "click.wav", 768_000, WAVEFORM[:1])
     with pytest.raises(AudioError, match="too short for a query"):
