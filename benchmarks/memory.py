@@ -66,7 +66,7 @@ def separate(recording: Path, output: Path, model: str) -> dict[str, float]:
     loaded = bundle.load(None)
     condition = loaded.queries.conditions([Query(["a person speaking"])])[0]
     engine = Engine(Identity() if model == "none" else loaded.model)
-    plan = Plan(str(output), 1, Settings(residuals=True), None, loaded.digest)
+    plan = Plan(str(output), 1, Settings(), None, loaded.digest)
     row = parse_row({"id": "long", "mixture": str(recording), "positive_text": "a"}, manifest="m", number=1)
     shard = Shard(str(output), 0, 1)
     request = Request(
