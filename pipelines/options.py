@@ -50,6 +50,7 @@ class Plan:
     bundle_digest: str
     device: str = "cpu"
     batch_windows: int | None = None
+    memory_gb: float | None = None
     carried: tuple[str, ...] = ()
     retry_errors: bool = False
 
@@ -102,7 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--hop",
-        type=_positive_seconds,
+        type=_positive_number,
         metavar="SECONDS",
         help="distance of the model's windows; a whole window joins them hard (default: 3/4 window)",
     )
@@ -117,7 +118,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-windows",
         type=_positive_count,
         metavar="N",
-        help="windows in one model call (default: what fits into half of the free memory)",
+        help="windows in one model call (default: what fits into --memory-gb)",
+    )
+    parser.add_argument(
+        "--memory-gb",
+        type=_positive_number,
+        metavar="GB",
+        help="memory for one model call, on the device (default: half of what is free there)",
     )
     parser.add_argument(
         "--report", action="store_true", help="print the table of rows and draw spectrograms at the end"
@@ -211,10 +218,10 @@ def _check_task(parser: argparse.ArgumentParser, given: argparse.Namespace, rest
         parser.error(f"the following arguments are required: {', '.join(missing)}")
 
 
-def _positive_seconds(text: str) -> float:
+def _positive_number(text: str) -> float:
     value = float(text)
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 seconds")
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
 

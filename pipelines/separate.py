@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # Beam's own start-up chatter would bury ours.
     logging.getLogger("apache_beam").setLevel(logging.WARNING)
+    # What it logs as a stack of calls it raises, too.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:
         given, pipeline_options = options.parse(sys.argv[1:] if arguments is None else arguments)
         if given.status is not None:
@@ -91,6 +93,7 @@ def make_plan(
         bundle_digest=bundle.digest,
         device=given.device,
         batch_windows=given.batch_windows,
+        memory_gb=given.memory_gb,
         carried=manifest.carried,
         retry_errors=given.retry_errors,
     )

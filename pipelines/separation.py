@@ -116,10 +116,10 @@ def _acquire(plan: Plan) -> Separator:
                 f"{plan.bundle or 'the embedded bundle'}: this worker has {bundle.digest[:12]}, the run was "
                 f"started with {plan.bundle_digest[:12]}; install the same version on every worker"
             )
-        windows = (
-            plan.batch_windows
-            or fitting_batch(bundle.model, bundle.config.condition_dim, bundle.device).windows
-        )
+        windows = plan.batch_windows
+        if windows is None:
+            budget = plan.memory_gb and round(plan.memory_gb * 1e9)
+            windows = fitting_batch(bundle.model, bundle.config.condition_dim, bundle.device, budget).windows
         # Beam keeps a weak reference, which a tuple could not have.
         return Separator(bundle, hop_seconds=settings.hop_seconds, batch_windows=windows)
 
@@ -129,6 +129,7 @@ def _acquire(plan: Plan) -> Separator:
         settings.allow_unfamiliar,
         settings.hop_seconds,
         plan.batch_windows,
+        plan.memory_gb,
     )
     return _SHARED.acquire(load, tag=repr(facts))
 

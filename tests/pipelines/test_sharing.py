@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from clapsep.model import ClapSep
+from pipelines import separate
 from tests.pipelines.conftest import run, tables, write_jsonl
 
 QUERIES = ("dog", "rain", "bell")
@@ -96,3 +97,17 @@ def test_mixtures_made_on_the_fly_are_shared_too(audio, random_bundle, tmp_path,
     assert sum(model_calls) == 2
     assert all(row["mixture_snr"] == pytest.approx(3, abs=1e-3) for row in metrics.values())
     assert len({row["si_sdri"] for row in metrics.values()}) == 3
+
+
+def test_the_batch_size_follows_the_memory_given(audio, random_bundle, tmp_path, model_calls, caplog):
+    rows = [{"id": "a", "mixture": str(audio / "street.flac"), "positive_text": "dog"}]
+    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
+    for gigabytes, batch in ((1e-6, [1, 1, 1, 1]), (4, [4])):
+        model_calls.clear()
+        caplog.clear()
+        with caplog.at_level("INFO", "clapsep.engine.memory"):
+            command = ["--manifest", manifest, "--output", str(tmp_path / f"{gigabytes}")]
+            flags = ["--model", random_bundle, "--memory-gb", str(gigabytes)]
+            assert separate.main([*command, *flags]) == 0
+        assert model_calls[1:] == batch, "after one to measure what a window takes"
+        assert f"batch size {1 if len(batch) > 1 else 8}" in caplog.text
