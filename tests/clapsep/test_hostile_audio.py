@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -62,6 +64,39 @@ def test_ratio_that_soxr_hangs_on_is_refused(tmp_path):
     mixture = Mixture(write(tmp_path / "fast.wav", 768_000), write(tmp_path / "slow.wav", 1))
     with pytest.raises(AudioError, match="cannot be resampled"):
         read(mixture)
+
+
+def test_one_frame_of_a_thousand_channels_does_not_crash_the_process():
+    code = """if True:
+        import threading, numpy
+        from clapsep.audio import StreamResampler
+
+        def run():
+            resampler = StreamResampler(1024, 48000, 32000)
+            resampler.process(numpy.ones((1, 1024), numpy.float32))
+            assert resampler.finish().shape == (1, 1024)
+            print("done")
+
+        for _ in range(20):
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.count("done")) == (0, 20), done.stderr
+
+
+@pytest.mark.parametrize("channels", [2, 8, 9, 20])
+def test_channels_are_resampled_each_by_itself(channels):
+    samples = np.stack([np.roll(WAVEFORM, channel * 7) for channel in range(channels)], axis=1)
+    together = StreamResampler(channels, 16000, 44100)
+    found = np.concatenate(
+        [together.process(samples[:999]), together.process(samples[999:]), together.finish()]
+    )
+    for channel in range(channels):
+        alone = StreamResampler(1, 16000, 44100)
+        expected = np.concatenate([alone.process(samples[:, channel : channel + 1]), alone.finish()])
+        np.testing.assert_allclose(found[:, channel], expected[:, 0], atol=1e-6)
 
 
 def test_rate_that_would_fill_the_memory_of_a_mixture_is_refused(tmp_path):
