@@ -22,6 +22,8 @@ from pipelines.tables import Shard
 
 logger = logging.getLogger(__name__)
 
+_COUNTED = ("windows", "stems", "silent_windows", "repeated_stems", "oom_splits", "audio_seconds")
+
 
 @dataclass
 class ShardSummary:
@@ -104,7 +106,7 @@ class SeparateShard(beam.DoFn):
         metrics, failed_now, stats = separate_rows(valid, shard, self._plan)
         summary.windows += stats.windows
         summary.audio_seconds += stats.audio_seconds
-        for name in ("windows", "audio_seconds", "oom_splits"):
+        for name in _COUNTED:
             _count(name, round(getattr(stats, name)))
         for percent, batches in stats.batch_fill.items():
             for _ in range(batches):

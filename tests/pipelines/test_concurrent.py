@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import count
 
 import pytest
 
@@ -78,14 +79,14 @@ def visit(random_bundle, tmp_path):
     return visit
 
 
-def meanwhile(monkeypatch, owner, name, other):
-    """Has `other` happen at the first call of `owner.name`."""
+def meanwhile(monkeypatch, owner, name, other, call=1):
+    """Has `other` happen before a call of `owner.name`, by default the first."""
     original = getattr(owner, name)
-    others = [other]
+    calls = count(1)
 
     def interrupted(*arguments):
-        while others:
-            others.pop()()
+        if next(calls) == call:
+            other()
         return original(*arguments)
 
     monkeypatch.setattr(owner, name, interrupted)
@@ -102,6 +103,13 @@ def test_the_loser_of_a_part_takes_over_what_the_winner_committed(
     )
     assert on_disk(tmp_path / "output") == ([name for name in NAMES if name != "d"], ["d"])
     assert sum(model_calls) == 14
+
+
+def test_a_part_that_appears_while_the_tables_are_listed(rows, visit, tmp_path, monkeypatch, model_calls):
+    meanwhile(monkeypatch, storage, "list_folder", lambda: visit(rows), call=2)
+    assert visit(rows) == (0, 1, 7), "the separated rows are seen, at worst a failed one is not"
+    assert on_disk(tmp_path / "output") == ([name for name in NAMES if name != "d"], ["d"])
+    assert sum(model_calls) == 7
 
 
 def test_the_loser_does_what_the_winner_left(rows, visit, tmp_path, monkeypatch, model_calls):

@@ -90,6 +90,9 @@ def test_a_killed_run_is_continued(runner, undisturbed, moments, moment, capsys)
     killed = runner(output, kill=kill)
     survived = on_disk(output)
     assert all(len(set(ids)) == len(ids) for ids in survived)
+    for name, data in files(output).items():
+        if name.startswith("stems/") and not Path(name).name.startswith("."):
+            assert data == (whole / name).read_bytes(), "what is visible is whole"
 
     again = runner(output)
     assert set(killed.rows) | set(again.rows) == set(undisturbed[1].rows)

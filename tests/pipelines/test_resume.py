@@ -219,6 +219,64 @@ def test_another_bundle_is_refused(started, random_bundle, tmp_path, capsys):
         assert bundles.verify(uri).digest[:12] in error
 
 
+@pytest.fixture
+def widened(started, rows, tmp_path):
+    """(manifest, output) with a row more than the first run had."""
+    manifest, output = started
+    write_jsonl(manifest, [*rows, {**rows[0], "id": "new", "start": 2.0}])
+    return manifest, output
+
+
+def test_other_settings_can_be_allowed_for_the_rows_to_come(widened, random_bundle, model_calls, capsys):
+    manifest, output = widened
+    before, old = tables(output)[0], json.loads((output / "run.json").read_text())
+    changed = ("--hop", "1", "--stem-format", "wav")
+    assert run(manifest, output, random_bundle, *changed) == 2
+    assert "--allow-other-settings for the rows still to come" in capsys.readouterr().err
+    assert run(manifest, output, random_bundle, *changed, "--allow-other-settings") == 0
+    metrics = tables(output)[0]
+    assert {name: row for name, row in metrics.items() if name != "new"} == before
+    assert sum(model_calls) == 2, "of the new row's two channels"
+    assert metrics["new"]["stem"].endswith(".wav")
+    new = json.loads((output / "run.json").read_text())
+    assert metrics["new"]["settings_digest"] == new["settings_digest"] != old["settings_digest"]
+    assert {row["settings_digest"] for row in before.values()} == {old["settings_digest"]}
+    assert (new["settings"]["hop_seconds"], new["settings"]["stem_format"]) == (1.0, "wav")
+    assert new["earlier_settings"] == [
+        {name: old[name] for name in ("settings_digest", "settings", "bundle")}
+    ]
+    # From now on the new ones are those that need no flag.
+    assert run(manifest, output, random_bundle, *changed) == 0
+    assert run(manifest, output, random_bundle) == 2
+    assert run(manifest, output, random_bundle, "--allow-other-settings") == 0
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["settings_digest"] == old["settings_digest"]
+    assert [recipe["settings_digest"] for recipe in facts["earlier_settings"]] == [new["settings_digest"]]
+    assert tables(output)[0] == metrics
+
+
+def test_another_bundle_can_be_allowed(widened, random_bundle, tmp_path):
+    manifest, output = widened
+    other = write_bundle(tmp_path / "other", seed=2)
+    assert run(manifest, output, other, "--allow-other-settings") == 0
+    digests = {name: row["model_digest"] for name, row in tables(output)[0].items()}
+    assert digests.pop("new") == bundles.verify(other).digest
+    assert set(digests.values()) == {bundles.verify(random_bundle).digest}
+    facts = json.loads((output / "run.json").read_text())
+    assert facts["bundle"]["name"] == "random-2"
+    assert [recipe["bundle"]["name"] for recipe in facts["earlier_settings"]] == ["random-1"]
+
+
+def test_another_number_of_shards_cannot_be_allowed(started, random_bundle, capsys):
+    manifest, output = started
+    flags = ("--num-shards", "4", "--hop", "1", "--allow-other-settings")
+    assert run(manifest, output, random_bundle, *flags) == 2
+    error = capsys.readouterr().err
+    assert "num_shards was 3 and is 4" in error
+    assert "--allow-other-settings" not in error
+    assert "hop" not in error
+
+
 SLOW_RUN = """
 import sys, time
 from clapsep.model import ClapSep

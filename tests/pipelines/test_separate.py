@@ -354,8 +354,10 @@ def test_counters_are_counted_where_beam_sees_them(audio, random_bundle, tmp_pat
         separate.beam.Pipeline, "run", lambda self: results.append(run_pipeline(self)) or results[0]
     )
     assert run(write_jsonl(tmp_path / "m.jsonl", rows), tmp_path / "output", random_bundle) == 0
-    found = results[0].metrics().query(MetricsFilter().with_namespace("clapsep"))["counters"]
-    counters = {counter.key.metric.name: counter.committed for counter in found}
+    found = results[0].metrics().query(MetricsFilter().with_namespace("clapsep"))
+    counters = {counter.key.metric.name: counter.committed for counter in found["counters"]}
+    (fill,) = found["distributions"]
+    assert (fill.key.metric.name, fill.committed.count, fill.committed.max) == ("batch_fill", 1, 25)
     assert counters == {
         "rows_ok": 1,
         "rows_error_decode": 1,
