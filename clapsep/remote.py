@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from clapsep.retry import retrying
+from clapsep.retry import describe, retrying
 
 T = TypeVar("T")
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 class RemoteFile(io.RawIOBase):
     """`path` on an fsspec file system, for reading; a read that fails is taken up again where it was.
 
-    Opening and reading raise what `retrying` raises.
+    Opening and reading raise OSError, whatever the driver raises.
     """
 
     def __init__(self, filesystem: Any, path: str) -> None:
@@ -24,7 +24,7 @@ class RemoteFile(io.RawIOBase):
         self._path = path
         self._position = 0
         self._file: Any = None
-        retrying(self._on_file, lambda file: None)
+        self._try(lambda file: None)
 
     def readable(self) -> bool:
         return True
@@ -39,14 +39,14 @@ class RemoteFile(io.RawIOBase):
         if whence == os.SEEK_CUR:
             offset += self._position
         elif whence == os.SEEK_END:
-            offset += retrying(self._on_file, lambda file: file.seek(0, os.SEEK_END))
+            offset += self._try(lambda file: file.seek(0, os.SEEK_END))
         if offset < 0:
             raise ValueError(f"there is no byte {offset} to seek to")
         self._position = offset
         return offset
 
     def readinto(self, buffer: Any) -> int:
-        data = retrying(self._on_file, lambda file: self._read(file, len(buffer)))
+        data = self._try(lambda file: self._read(file, len(buffer)))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
@@ -63,6 +63,14 @@ class RemoteFile(io.RawIOBase):
         if size is not None and len(data) < min(count, size - self._position):
             raise ConnectionError(f"{len(data)} of {count} bytes came from byte {self._position} on")
         return data
+
+    def _try(self, action: Callable[[Any], T]) -> T:
+        try:
+            return retrying(self._on_file, action)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(describe(error)) from error
 
     def _on_file(self, action: Callable[[Any], T]) -> T:
         try:

@@ -7,19 +7,22 @@ by one URI, a glob or a folder.
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
+import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, TextIO
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clapsep.retry import RetriesExhaustedError
 from pipelines import storage
 from pipelines.rows import COLUMNS, UnreadableRecord, printable
 
@@ -120,7 +123,7 @@ def read_slice(part: Slice) -> Iterator[tuple[int, Record]]:
         for number, (name, uri) in enumerate(part.audio, part.first_number):
             yield number, {"id": name, "mixture": uri}
     elif part.kind == "parquet":
-        with _open(part.uri) as file:
+        with storage.open_file(part.uri) as file:
             batches = pq.ParquetFile(file).iter_batches(row_groups=[part.row_group])
             records = chain.from_iterable(_arrow_records(batch) for batch in batches)
             yield from enumerate(records, part.first_number)
@@ -150,7 +153,7 @@ def _survey_tables(
     for name in names:
         hasher = hashlib.sha256()
         filesystem, path = storage.open_filesystem(name)
-        if not filesystem.isfile(path):
+        if storage.is_local(filesystem) and not filesystem.isfile(path):
             # A FIFO would be waited on for ever.
             raise ManifestError(f"{name}: not a file; take it out of the folder")
         try:
@@ -162,6 +165,8 @@ def _survey_tables(
                 )
         except ManifestError:
             raise
+        except RetriesExhaustedError as error:
+            raise storage.StorageError(f"{name}: cannot be read ({error})") from error
         except (ValueError, csv.Error, EOFError, zlib.error, OSError, pa.ArrowException) as error:
             raise ManifestError(
                 f"{name}: cannot be parsed as {kinds[name]} ({' '.join(str(error).split())}); "
@@ -179,7 +184,7 @@ def _survey_tables(
 
 
 def _survey_parquet(name: str, root: str, hasher: Any) -> tuple[list[Slice], int, set[str]]:
-    with _open(name) as file:
+    with storage.open_file(name) as file:
         while block := file.read(1 << 20):
             hasher.update(block)
         file.seek(0)
@@ -325,16 +330,14 @@ def _hashed(lines: Iterable[str], hasher: Any) -> Iterator[str]:
         yield line
 
 
-def _open(uri: str) -> Any:
-    return fsspec.open(uri, "rb")
-
-
-def _open_text(uri: str) -> Any:
-    # utf-8-sig: spreadsheets put a byte-order mark first, which would become part of the first column's name.
-    # Bytes that are not UTF-8 pass as surrogates, so that they spoil a row and not the manifest.
-    return fsspec.open(
-        uri, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="", compression="infer"
-    )
+@contextmanager
+def _open_text(uri: str) -> Iterator[TextIO]:
+    with storage.open_file(uri) as file:
+        plain = gzip.GzipFile(fileobj=file) if uri.lower().endswith(".gz") else file
+        # utf-8-sig: spreadsheets put a byte-order mark first, which would become part of the first column's
+        # name. Bytes that are not UTF-8 pass as surrogates, so that they spoil a row and not the manifest.
+        with io.TextIOWrapper(plain, "utf-8-sig", "surrogateescape", newline="") as text:
+            yield text
 
 
 def _kind(name: str) -> str | None:
@@ -353,7 +356,7 @@ def _kind(name: str) -> str | None:
 def _root(uri: str) -> str:
     """The folder that the names of an audio manifest are relative to: up to the first wildcard."""
     filesystem, path = storage.open_filesystem(uri)
-    if filesystem.isdir(path):
+    if storage.is_folder(uri):
         root = path
     else:
         wildcard = min((path.index(character) for character in "*?[" if character in path), default=len(path))

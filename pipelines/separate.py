@@ -17,6 +17,7 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from clapsep import bundle as bundles
+from clapsep.retry import redact
 from pipelines import options, report, runs
 from pipelines.clean import clean
 from pipelines.graph import SeparateManifest
@@ -53,19 +54,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             plan, earlier = make_plan(given, manifest, bundle)
             runs.write_run(plan, manifest, bundle.card, earlier)
     except (UsageError, ManifestError, bundles.BundleError, runs.RunError, StorageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         return 2
     name = bundle.card.get("name", "unnamed")
     source = "--model was not given: using the embedded bundle" if given.model is None else "model"
     print(f"{source} {name} ({bundle.digest[:12]})")
     ignored = f", {manifest.ignored} other files ignored" if manifest.ignored else ""
     shards = "1 shard" if plan.shards == 1 else f"{plan.shards} shards"
-    print(f"manifest {manifest.uri}: {manifest.rows} rows{ignored}; {shards}; output {plan.output}")
+    run = f"manifest {manifest.uri}: {manifest.rows} rows{ignored}; {shards}; output {plan.output}"
+    print(redact(run))
     try:
         run_pipeline(manifest, plan, pipeline_options)
     except Exception as error:
         print(
-            f"error: {' '.join(str(error).split()) or type(error).__name__}\n"
+            f"error: {redact(' '.join(str(error).split())) or type(error).__name__}\n"
             "The run stopped; what it has committed stays, and the same command goes on from there.",
             file=sys.stderr,
         )

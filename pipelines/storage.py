@@ -71,6 +71,12 @@ def exists(uri: str) -> bool:
     return _try(uri, "looked up", _kind, filesystem, path) is not None
 
 
+def is_folder(uri: str) -> bool:
+    """Whether it is a folder. Raises StorageError when that cannot be known."""
+    filesystem, path = open_filesystem(uri)
+    return _try(uri, "looked up", _kind, filesystem, path) == "directory"
+
+
 def read_bytes(uri: str) -> bytes:
     """The whole object. Raises StorageError."""
     filesystem, path = open_filesystem(uri)
@@ -179,12 +185,10 @@ def _list(filesystem: Any, path: str) -> list[str]:
     kind = _kind(filesystem, path)
     if kind == "file":
         return [path]
-    # Those that walk leave out what they cannot read, unless told otherwise.
-    options = {} if isinstance(filesystem, AsyncFileSystem) else {"on_error": _raise_unless_absent}
     if kind == "directory":
-        return filesystem.find(path, **options)
+        return filesystem.find(path, **_strictly(filesystem))
     if any(character in path for character in "*?["):
-        found = filesystem.glob(path, detail=True, **options)
+        found = filesystem.glob(path, detail=True, **_strictly(filesystem))
         return [name for name, facts in found.items() if facts["type"] == "file"]
     return []
 
@@ -197,7 +201,7 @@ def _list_folder(filesystem: Any, folder: str, prefix: str) -> list[str]:
                 return [entry.path for entry in entries if entry.name.startswith(prefix) and entry.is_file()]
         filesystem.invalidate_cache()
         if prefix and isinstance(filesystem, AsyncFileSystem):
-            found = filesystem.find(folder, prefix=prefix)
+            found = filesystem.find(folder, prefix=prefix, **_strictly(filesystem))
         else:
             found = [facts["name"] for facts in filesystem.ls(folder, detail=True) if facts["type"] == "file"]
     except _ABSENT:
@@ -209,6 +213,11 @@ def _list_folder(filesystem: Any, folder: str, prefix: str) -> list[str]:
 def _remove(filesystem: Any, path: str) -> None:
     with suppress(*_ABSENT):
         filesystem.rm_file(path)
+
+
+def _strictly(filesystem: Any) -> dict[str, Any]:
+    """Options of a search: file systems that walk leave out what they cannot read, unless told otherwise."""
+    return {} if isinstance(filesystem, AsyncFileSystem) else {"on_error": _raise_unless_absent}
 
 
 def _raise_unless_absent(error: OSError) -> None:

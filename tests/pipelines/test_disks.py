@@ -13,7 +13,7 @@ import soundfile
 from tests.pipelines.conftest import RECORDINGS, files, run, tables, write_jsonl
 
 NO_SPACE = "OSError: [Errno 28] No space left on device"
-SHORT = {f"short-{number}" for number in range(5)}
+SHORT = {f"short-{number}" for number in range(3)}
 
 
 @pytest.fixture(scope="module")
