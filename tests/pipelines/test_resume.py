@@ -1,18 +1,12 @@
-"""Commit and resume: what a second run does, and what a killed one leaves."""
+"""Commit and resume: what a second run does and what it refuses."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from clapsep import bundle as bundles
 from pipelines import separation, storage
@@ -275,58 +269,3 @@ def test_another_number_of_shards_cannot_be_allowed(started, random_bundle, caps
     assert "num_shards was 3 and is 4" in error
     assert "--allow-other-settings" not in error
     assert "hop" not in error
-
-
-SLOW_RUN = """
-import sys, time
-from clapsep.model import ClapSep
-from pipelines import separate
-
-original = ClapSep.encode
-
-def slow(self, mixture):
-    time.sleep(0.2)
-    return original(self, mixture)
-
-ClapSep.encode = slow
-sys.exit(separate.main(sys.argv[1:]))
-"""
-
-
-def test_a_killed_run_is_continued(rows, random_bundle, tmp_path, model_calls):
-    """SIGKILL after the first shard's commit, in the middle of another's work."""
-    manifest = write_jsonl(tmp_path / "m.jsonl", rows)
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    flags = ["--num-shards", "3", "--batch-windows", "1"]
-    command = ["--manifest", manifest, "--output", str(killed), "--model", random_bundle, *flags]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, *command],
-        cwd=Path(__file__).parents[2],
-        # Sums are split among threads: equal numbers need an equal number of them.
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 300
-    while not any((killed / "metrics").glob("*.parquet")) and time.monotonic() < deadline:
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    survived = {row["id"]: row for row in read_committed(str(killed))[0].to_pylist()}
-    assert 0 < len(survived) < 7
-
-    assert run(manifest, killed, random_bundle, *flags) == 0
-    redone = [row for row in tables(killed)[0].values() if row["id"] not in survived]
-    assert sum(model_calls) == sum(2 * windows(row) for row in redone), "committed rows are not run again"
-    assert run(manifest, whole, random_bundle, *flags) == 0
-
-    after, undisturbed = tables(killed), tables(whole)
-    assert {name: row for name, row in after[0].items() if name in survived} == survived
-    for name, row in undisturbed[0].items():
-        assert {**after[0][name], "wall_seconds": 0} == {**row, "wall_seconds": 0}
-        assert (killed / row["stem"]).read_bytes() == (whole / row["stem"]).read_bytes()
-    assert set(after[1]) == set(undisturbed[1]) == {"d"}
-    visible = {name for name in files(killed) if not name.rpartition("/")[2].startswith(".")}
-    assert visible == set(files(whole))
