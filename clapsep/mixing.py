@@ -18,6 +18,7 @@ import numpy as np
 
 from clapsep.audio import AudioError, Recording, StreamResampler
 
+_SHORT_FRAMES = 1 << 16
 _LOUDEST = float(np.finfo(np.float32).max) / 2
 
 
@@ -70,7 +71,8 @@ class Mixture:
         target_energy = interference_energy = 0.0
         for target_block, interference_block in self._aligned():
             target_energy += float(np.square(target_block, dtype=np.float64).sum())
-            interference_energy += float(np.square(interference_block, dtype=np.float64).sum())
+            copies = self.channels // interference_block.shape[1]
+            interference_energy += copies * float(np.square(interference_block, dtype=np.float64).sum())
         for uri, energy in ((self.target_uri, target_energy), (self.interference_uri, interference_energy)):
             if not energy > 0:
                 raise AudioError(
@@ -103,34 +105,40 @@ class Mixture:
             target = stack.enter_context(self._open_target())
             endless = self._interference()
             stack.callback(endless.close)
-            ahead = np.zeros((0, self.channels), np.float32)
+            ahead: list[np.ndarray] = []
+            held = 0
             for target_block, _ in target.blocks():
-                parts = [ahead]
-                missing = len(target_block) - len(ahead)
-                while missing > 0:
-                    parts.append(next(endless))
-                    missing -= len(parts[-1])
-                joined = np.concatenate(parts)
-                ahead = joined[len(target_block) :]
+                while held < len(target_block):
+                    ahead.append(next(endless))
+                    held += len(ahead[-1])
+                joined = np.concatenate(ahead)
+                ahead = [joined[len(target_block) :]]
+                held -= len(target_block)
                 yield target_block, joined[: len(target_block)]
 
     def _interference(self) -> Iterator[np.ndarray]:
-        """Blocks of the interference at the target's rate and channel count, over and over."""
+        """Blocks of the interference at the target's rate, over and over; of the target's channels or one."""
+        once: list[np.ndarray] = []
         while True:
             produced = 0
-            with Recording(self.interference_uri) as recording:
-                resampler = StreamResampler(self.channels, recording.sample_rate, self.sample_rate)
-                for block, _ in recording.blocks():
-                    resampled = resampler.process(self._as_channels(block))
-                    produced += len(resampled)
-                    yield resampled
-                rest = resampler.finish()
-                produced += len(rest)
-                yield rest
+            for block in self._interference_once():
+                produced += len(block)
+                if produced <= _SHORT_FRAMES:
+                    once.append(block)
+                yield block
             if produced == 0:
                 raise AudioError(f"{self.interference_uri}: too short to be mixed, no sample is left of it")
+            if produced <= _SHORT_FRAMES:
+                # To open the file for each repetition of a few samples would take for ever.
+                repeated = np.tile(np.concatenate(once), (_SHORT_FRAMES // produced, 1))
+                while True:
+                    yield repeated
 
-    def _as_channels(self, block: np.ndarray) -> np.ndarray:
-        if block.shape[1] == self.channels:
-            return block
-        return np.repeat(block.mean(axis=1, keepdims=True), self.channels, axis=1)
+    def _interference_once(self) -> Iterator[np.ndarray]:
+        with Recording(self.interference_uri) as recording:
+            channels = self.channels if recording.channels == self.channels else 1
+            resampler = StreamResampler(channels, recording.sample_rate, self.sample_rate)
+            for block, _ in recording.blocks():
+                fitting = block if recording.channels == self.channels else block.mean(axis=1, keepdims=True)
+                yield resampler.process(fitting)
+            yield resampler.finish()

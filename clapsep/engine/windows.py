@@ -8,7 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clapsep.audio import StreamResampler
+from clapsep.audio import AudioError, StreamResampler
+
+# A window of all channels is in memory several times over.
+MOST_CHANNELS = 64
 
 
 class Framing(NamedTuple):
@@ -24,9 +27,13 @@ class WindowCutter:
 
     The windows are a hop apart and cover the recording; the last one is padded with zeros. A recording of any
     length has at least one. Each comes with the number of its samples that are signal.
+
+    Raises AudioError for more than `MOST_CHANNELS` channels.
     """
 
     def __init__(self, framing: Framing, channels: int, source_rate: int) -> None:
+        if channels > MOST_CHANNELS:
+            raise AudioError(f"has {channels} channels; at most {MOST_CHANNELS} are separated")
         self._framing = framing
         self._resampler = StreamResampler(channels, source_rate, framing.sample_rate)
         self._held = np.zeros((0, channels), np.float32)

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 
 from clapsep.audio import AudioError, Recording, StreamResampler
+from clapsep.engine.windows import Framing, WindowCutter
 from clapsep.mixing import Mixture
 from clapsep.query import Query
 from tests.regenerate import signal
@@ -97,6 +98,13 @@ def test_channels_are_resampled_each_by_itself(channels):
         alone = StreamResampler(1, 16000, 44100)
         expected = np.concatenate([alone.process(samples[:, channel : channel + 1]), alone.finish()])
         np.testing.assert_allclose(found[:, channel], expected[:, 0], atol=1e-6)
+
+
+def test_a_thousand_channels_are_refused_before_they_fill_the_memory():
+    framing = Framing(32000, 320_000, 240_000)
+    WindowCutter(framing, 64, 48000)
+    with pytest.raises(AudioError, match="1024 channels; at most 64"):
+        WindowCutter(framing, 1024, 48000)
 
 
 def test_rate_that_would_fill_the_memory_of_a_mixture_is_refused(tmp_path):

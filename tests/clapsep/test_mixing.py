@@ -7,7 +7,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clapsep.audio import AudioError
+from clapsep.audio import AudioError, Recording
 from clapsep.mixing import Mixture, interference_gain
 
 AUDIO = Path(__file__).parents[2] / "manifests" / "audio"
@@ -63,6 +63,19 @@ def test_interference_repeats_from_its_beginning():
     gain = np.abs(added[: len(drums)]).max() / np.abs(drums).max()
     rest = added[len(drums) :]
     np.testing.assert_allclose(rest, gain * drums[: len(rest)], atol=1e-5)
+
+
+def test_interference_of_a_few_samples_is_opened_once_for_all_its_repetitions(tmp_path, monkeypatch):
+    click = str(tmp_path / "click.wav")
+    soundfile.write(click, np.float32([0.5, -0.25, 0.125]), 16000, "FLOAT")
+    opened = []
+    enter = Recording.__enter__
+    monkeypatch.setattr(Recording, "__enter__", lambda self: opened.append(self.uri) or enter(self))
+    mixture, clean = read(Mixture(STEREO_48K, click))
+    assert opened.count(click) == 2, "once for the energies, once for the blocks"
+    mixture, clean = read(Mixture(SPEECH, click))
+    added = (mixture - clean)[:, 0]
+    np.testing.assert_allclose(added, np.resize([0.5, -0.25, 0.125], len(added)) * added[0] / 0.5, atol=1e-5)
 
 
 def test_segment_of_the_target():
