@@ -6,7 +6,7 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from clapsep.remote import RemoteFile
 from clapsep.retry import describe, http_status, redact, retrying
@@ -186,11 +187,42 @@ def _list(filesystem: Any, path: str) -> list[str]:
     if kind == "file":
         return [path]
     if kind == "directory":
-        return filesystem.find(path, **_strictly(filesystem))
-    if any(character in path for character in "*?["):
-        found = filesystem.glob(path, detail=True, **_strictly(filesystem))
-        return [name for name, facts in found.items() if facts["type"] == "file"]
-    return []
+        if isinstance(filesystem, AsyncFileSystem):
+            return filesystem.find(path)
+        return [facts["name"] for facts in _walk(filesystem, path) if facts["type"] != "directory"]
+    return _glob(filesystem, path) if any(character in path for character in "*?[") else []
+
+
+def _glob(filesystem: Any, pattern: str) -> list[str]:
+    """Like fsspec's glob, which, as its `find` where there are folders, leaves out what it cannot list."""
+    wildcard = min(pattern.index(character) for character in "*?[" if character in pattern)
+    root, _, below = pattern[:wildcard].rpartition("/")
+    levels = None if "**" in pattern else (below + pattern[wildcard:]).count("/") + 1
+    if levels != 1 and isinstance(filesystem, AsyncFileSystem):
+        # Object stores list all that is below at once.
+        found = filesystem.find(root, detail=True).values()
+    else:
+        found = _walk(filesystem, root or filesystem.root_marker, levels)
+    matching = re.compile(glob_translate(pattern))
+    return [facts["name"] for facts in found if matching.match(facts["name"]) and _is_file(filesystem, facts)]
+
+
+def _walk(filesystem: Any, folder: str, levels: int | None = None) -> Iterator[dict[str, Any]]:
+    try:
+        entries = filesystem.ls(folder, detail=True)
+    except _ABSENT:
+        return
+    for facts in entries:
+        # Object stores may hold an empty object of the folder's own name.
+        if facts["name"].rstrip("/") != folder.rstrip("/"):
+            yield facts
+            if facts["type"] == "directory" and levels != 1:
+                yield from _walk(filesystem, facts["name"], levels and levels - 1)
+
+
+def _is_file(filesystem: Any, facts: dict[str, Any]) -> bool:
+    # A link is neither file nor folder in a local listing.
+    return facts["type"] == "file" or (is_local(filesystem) and os.path.isfile(facts["name"]))
 
 
 def _list_folder(filesystem: Any, folder: str, prefix: str) -> list[str]:
@@ -201,7 +233,7 @@ def _list_folder(filesystem: Any, folder: str, prefix: str) -> list[str]:
                 return [entry.path for entry in entries if entry.name.startswith(prefix) and entry.is_file()]
         filesystem.invalidate_cache()
         if prefix and isinstance(filesystem, AsyncFileSystem):
-            found = filesystem.find(folder, prefix=prefix, **_strictly(filesystem))
+            found = filesystem.find(folder, prefix=prefix)
         else:
             found = [facts["name"] for facts in filesystem.ls(folder, detail=True) if facts["type"] == "file"]
     except _ABSENT:
@@ -213,16 +245,6 @@ def _list_folder(filesystem: Any, folder: str, prefix: str) -> list[str]:
 def _remove(filesystem: Any, path: str) -> None:
     with suppress(*_ABSENT):
         filesystem.rm_file(path)
-
-
-def _strictly(filesystem: Any) -> dict[str, Any]:
-    """Options of a search: file systems that walk leave out what they cannot read, unless told otherwise."""
-    return {} if isinstance(filesystem, AsyncFileSystem) else {"on_error": _raise_unless_absent}
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, _ABSENT):
-        raise error
 
 
 def _put_local(path: Path, data: bytes, publish: Callable[[Path, Path], None]) -> None:

@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 class FaultyStore(MemoryFileSystem):
     """`before(operation)` and `after(operation)` may raise; what fails after it has been carried out.
 
-    Operations are info, find, open, read, cat_file, pipe_file, put_file and get_file; `calls` holds what was
+    Operations are info, ls, open, read, cat_file, pipe_file, put_file and get_file; `calls` holds what was
     asked for, in order.
     """
 
@@ -65,5 +65,5 @@ def _faulty(name: str) -> Callable[..., Any]:
     return lambda self, *arguments, **options: self.run(name, original, self, *arguments, **options)
 
 
-for _name in ("info", "find", "cat_file", "pipe_file", "put_file", "get_file"):
+for _name in ("info", "ls", "cat_file", "pipe_file", "put_file", "get_file"):
     setattr(FaultyStore, _name, _faulty(_name))
