@@ -32,7 +32,7 @@ class SeparateManifest(beam.PTransform):
     def __init__(self, manifest: Manifest, plan: Plan) -> None:
         super().__init__()
         self._slices = manifest.slices
-        self._groups = math.ceil(manifest.rows / ROWS_PER_GROUP)
+        self._groups = groups_of(manifest)
         self._plan = plan
 
     def expand(self, begin: Any) -> beam.PCollection:
@@ -94,6 +94,11 @@ class MarkDuplicates(beam.DoFn):
             if packer.is_full:
                 yield from packer.take()
         yield from packer.take()
+
+
+def groups_of(manifest: Manifest) -> int:
+    """How many groups the rows are cut into by their ids."""
+    return math.ceil(manifest.rows / ROWS_PER_GROUP)
 
 
 def shard_of(row: Row, shards: int) -> int:

@@ -145,7 +145,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="OUTPUT",
         help="delete what killed runs left there and no table names, and end; no run may be working on it",
     )
-    parser.add_argument("--dry-run", action="store_true", help="with --clean: only list")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing: validate every row, read every header, and print audio hours, windows, shards, "
+        "an estimate of hours and all problems; exit code 1 if there are any. With --clean: only list",
+    )
     return parser
 
 

@@ -20,6 +20,7 @@ from clapsep import bundle as bundles
 from clapsep.retry import redact
 from pipelines import options, report, runs
 from pipelines.clean import clean
+from pipelines.dry_run import dry_run
 from pipelines.graph import SeparateManifest
 from pipelines.manifest import Manifest, ManifestError, open_manifest
 from pipelines.options import Plan, UsageError
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         manifest = open_manifest(given.manifest)
         bundle = bundles.verify(given.model)
         plan, earlier = make_plan(given, manifest, bundle)
+        if given.dry_run:
+            return dry_run(manifest, plan)
         before = read_totals(plan.output)
         if not runs.write_run(plan, manifest, bundle.card, earlier):
             # Another first run on this output, started at the same moment, was there before.

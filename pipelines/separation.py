@@ -13,6 +13,7 @@ from clapsep import bundle as bundles
 from clapsep.audio import AudioError, Source
 from clapsep.engine import Job, Request, Separator, Stats, fitting_batch
 from clapsep.query import Query, QueryError
+from clapsep.retry import redact
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
 from pipelines.rows import QUERY_COLUMNS, SOURCE_COLUMNS, Row, RowError, printable
@@ -36,7 +37,7 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
 
     Raises BundleError where the model cannot be loaded.
     """
-    separator = _acquire(plan)
+    separator = acquire(plan)
     bundle = separator.bundle
     jobs, failed = _jobs(rows, shard, plan, bundle)
     PROGRESS.add(errors=len(failed))
@@ -50,7 +51,7 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
             PROGRESS.add(separated=1)
         else:
             value = row.mixture or f"{row.target}; {row.interference}"
-            failed.append(row.fail(_describe(result.stage, result.error, value)))
+            failed.append(row.fail(describe(result.stage, result.error, value)))
             PROGRESS.add(errors=1)
     return Separated([metrics[name] for name in by_id if name in metrics], failed, run.stats)
 
@@ -68,7 +69,7 @@ def _jobs(
             condition = bundle.queries.conditions([query])[0]
         except (QueryError, AudioError) as error:
             value = "; ".join(text for column in QUERY_COLUMNS for text in getattr(row, column))
-            refused.append(row.fail(_describe("query", error, value)))
+            refused.append(row.fail(describe("query", error, value)))
             continue
         decoded = DecodedColumns(*(getattr(row, column) for column in SOURCE_COLUMNS))
         sources.setdefault(decoded.key, decoded.source)
@@ -106,7 +107,8 @@ class _AudioProgress:
         self._seen = seconds
 
 
-def _acquire(plan: Plan) -> Separator:
+def acquire(plan: Plan) -> Separator:
+    """The model of this process for this plan, loaded by the first call. Raises BundleError."""
     settings = plan.settings
 
     def load() -> Separator:
@@ -134,6 +136,7 @@ def _acquire(plan: Plan) -> Separator:
     return _SHARED.acquire(load, tag=repr(facts))
 
 
-def _describe(stage: str, error: Exception, value: str) -> RowError:
+def describe(stage: str, error: Exception, value: str) -> RowError:
+    """What `error` at `value` makes of a row."""
     message = str(error) or type(error).__name__
-    return RowError(stage, type(error).__name__, printable(message), printable(value))
+    return RowError(stage, type(error).__name__, printable(redact(message)), printable(redact(value)))

@@ -51,9 +51,9 @@ class SeparateShard(beam.DoFn):
         """Bring one shard up to date."""
         index, blocks = element
         shard = Shard(self._plan.output, index, self._plan.shards)
-        rows = sorted(rows_of(blocks, self._plan.settings), key=place)
+        rows = self.rows(blocks)
         at_first = committed = _visit(shard)
-        pending = self._pending(rows, committed, at_first)
+        pending = self.pending(rows, committed, at_first)
         summary = ShardSummary(skipped=len(rows) - len(pending))
         _count("rows_skipped", summary.skipped)
         PROGRESS.add(skipped=summary.skipped)
@@ -72,14 +72,18 @@ class SeparateShard(beam.DoFn):
                 shard.name,
             )
             committed = _visit(shard)
-            before, pending = len(pending), self._pending(rows, committed, at_first)
+            before, pending = len(pending), self.pending(rows, committed, at_first)
             summary.skipped += before - len(pending)
             PROGRESS.add(
                 skipped=before - len(pending), separated=-len(done.metrics), errors=-len(done.failed)
             )
         yield summary
 
-    def _pending(self, rows: Sequence[Row], committed: Committed, at_first: Committed) -> list[Row]:
+    def rows(self, blocks: Iterable[bytes]) -> list[Row]:
+        """The rows of a shard in manifest order."""
+        return sorted(rows_of(blocks, self._plan.settings), key=place)
+
+    def pending(self, rows: Sequence[Row], committed: Committed, at_first: Committed) -> list[Row]:
         """The rows to do now; of errors to retry, those whose error is still the one found `at_first`."""
         if self._plan.retry_errors:
             # What the manifest line alone decides, another try decides no better: its error row stays.

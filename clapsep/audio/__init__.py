@@ -7,6 +7,14 @@ stored as it is raises :class:`AudioError`, and samples a format cannot hold are
 from clapsep.audio.blocks import AudioError
 from clapsep.audio.resampling import StreamResampler
 from clapsep.audio.sources import Recording, Source, Waveform
-from clapsep.audio.writing import AudioWriter
+from clapsep.audio.writing import AudioWriter, encoding_of
 
-__all__ = ["AudioError", "AudioWriter", "Recording", "Source", "StreamResampler", "Waveform"]
+__all__ = [
+    "AudioError",
+    "AudioWriter",
+    "Recording",
+    "Source",
+    "StreamResampler",
+    "Waveform",
+    "encoding_of",
+]

@@ -42,7 +42,7 @@ class AudioWriter:
         self.channels = channels
         self.frames = 0
         self.clipped = 0
-        self._format, encoding = self._encoding()
+        self._format, encoding = encoding_of(self.uri, sample_rate, channels)
         self._disk: BinaryIO | None = None
         self._callbacks: Callbacks | None = None
         self._file: soundfile.SoundFile | None = None
@@ -132,16 +132,18 @@ class AudioWriter:
         cause = (self._callbacks and self._callbacks.error) or error
         return AudioError(f"{self.uri!r} cannot be written: {describe(cause)}")
 
-    def _encoding(self) -> tuple[str, str]:
-        extension = PurePosixPath(self.uri).suffix.lower()
-        if extension not in _ENCODINGS:
-            raise AudioError(f"{self.uri!r} has no extension of {', '.join(_ENCODINGS)}; give it one")
-        if extension == ".flac":
-            rate, limit = self.sample_rate, None
-            if self.channels > _FLAC_CHANNELS:
-                limit = f"{self.channels} channels (it holds {_FLAC_CHANNELS})"
-            elif rate > _FLAC_RATE_HZ or (rate > 65535 and rate % 10):
-                limit = f"{rate} Hz (it holds all rates to 65535 and multiples of 10 to {_FLAC_RATE_HZ})"
-            if limit is not None:
-                raise AudioError(f"{self.uri!r} cannot be FLAC with {limit}; write .wav")
-        return _ENCODINGS[extension]
+
+def encoding_of(uri: str, sample_rate: int, channels: int) -> tuple[str, str]:
+    """Format and subtype that libsndfile writes ``uri`` in; :class:`AudioError` for what it cannot hold."""
+    extension = PurePosixPath(uri).suffix.lower()
+    if extension not in _ENCODINGS:
+        raise AudioError(f"{uri!r} has no extension of {', '.join(_ENCODINGS)}; give it one")
+    if extension == ".flac":
+        limit = None
+        if channels > _FLAC_CHANNELS:
+            limit = f"{channels} channels (it holds {_FLAC_CHANNELS})"
+        elif sample_rate > _FLAC_RATE_HZ or (sample_rate > 65535 and sample_rate % 10):
+            limit = f"{sample_rate} Hz (it holds all rates to 65535 and multiples of 10 to {_FLAC_RATE_HZ})"
+        if limit is not None:
+            raise AudioError(f"{uri!r} cannot be FLAC with {limit}; write .wav")
+    return _ENCODINGS[extension]

@@ -114,7 +114,7 @@ class Targets(AbstractContextManager):
                     continue
                 try:
                     target = opened.enter_context(output.request.target())
-                    _check_fit(target, self._task.source)
+                    check_fit(target, self._task.source)
                 except Exception as error:
                     self._failed(output, error)
                 else:
@@ -156,7 +156,8 @@ class _BlockReader:
         return block
 
 
-def _check_fit(target: Source, mixture: Source) -> None:
+def check_fit(target: Source, mixture: Source) -> None:
+    """Raises AudioError where the target is not as long, wide and fast as its mixture."""
     for name in ("sample_rate", "channels", "frames"):
         have, want = getattr(target, name), getattr(mixture, name)
         if have != want:
