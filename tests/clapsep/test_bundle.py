@@ -116,6 +116,39 @@ class TestSaveAndLoad:
         digest = bundle.save(uri, tiny.model, tiny.clap, tiny.tokenizer, {"name": "remote"})
         assert bundle.load(uri).digest == digest
 
+    def test_faults_of_the_store_pass_unseen_or_are_told(self, tiny, cache, faulty_store, no_waiting):
+        def fail_every(step):
+            def fail(operation):
+                if len(faulty_store.calls) % step == 0:
+                    raise TimeoutError("no answer")
+
+            return staticmethod(fail)
+
+        faulty_store.before = fail_every(7)
+        digest = bundle.save("faulty://bundle", tiny.model, tiny.clap, tiny.tokenizer, {"name": "remote"})
+        assert bundle.verify("faulty://bundle").digest == digest
+        shutil.rmtree(cache)
+        faulty_store.before = fail_every(1)
+        for call in (
+            lambda: bundle.verify("faulty://bundle"),
+            lambda: bundle.save("faulty://other", tiny.model, tiny.clap, tiny.tokenizer, {}),
+        ):
+            with pytest.raises(BundleError, match=r"TimeoutError: no answer; 5 tries in"):
+                call()
+        # Not even the first file of the two that a load fetches may stay behind.
+        faulty_store.calls.clear()
+        faulty_store.before = staticmethod(lambda operation: fail_late(faulty_store.calls))
+
+        def fail_late(calls):
+            if calls.count("get_file") > 1:
+                raise TimeoutError("no answer")
+
+        with pytest.raises(
+            BundleError, match=r"faulty://bundle: cannot be fetched to .*no answer; 5 tries in"
+        ):
+            bundle.verify("faulty://bundle")
+        assert list(cache.iterdir()) == []
+
 
 class TestVerification:
     @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
