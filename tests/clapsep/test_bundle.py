@@ -119,12 +119,12 @@ class TestSaveAndLoad:
     def test_faults_of_the_store_pass_unseen_or_are_told(self, tiny, cache, faulty_store, no_waiting):
         def fail_every(step):
             def fail(operation):
-                if len(faulty_store.calls) % step == 0:
+                if faulty_store.calls.count(operation) % step == 0 and operation != "read":
                     raise TimeoutError("no answer")
 
             return staticmethod(fail)
 
-        faulty_store.before = fail_every(7)
+        faulty_store.before = fail_every(2)
         digest = bundle.save("faulty://bundle", tiny.model, tiny.clap, tiny.tokenizer, {"name": "remote"})
         assert bundle.verify("faulty://bundle").digest == digest
         shutil.rmtree(cache)
