@@ -32,8 +32,9 @@ from pipelines.storage import StorageError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Beam's own start-up chatter would bury ours.
-    logging.getLogger("apache_beam").setLevel(logging.WARNING)
+    # Their chatter, at the start and at every file, would bury ours.
+    for name in ("apache_beam", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     # What it logs as a stack of calls it raises, too.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     try:

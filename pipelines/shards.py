@@ -55,7 +55,6 @@ class SeparateShard(beam.DoFn):
         at_first = committed = _visit(shard)
         pending = self.pending(rows, committed, at_first)
         summary = ShardSummary(skipped=len(rows) - len(pending))
-        _count("rows_skipped", summary.skipped)
         PROGRESS.add(skipped=summary.skipped)
         if not pending:
             _count("shards_skipped")
@@ -77,6 +76,7 @@ class SeparateShard(beam.DoFn):
             PROGRESS.add(
                 skipped=before - len(pending), separated=-len(done.metrics), errors=-len(done.failed)
             )
+        _count("rows_skipped", summary.skipped)
         yield summary
 
     def rows(self, blocks: Iterable[bytes]) -> list[Row]:

@@ -13,6 +13,7 @@ from collections import Counter
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import fsspec
 import torch
 
 from clapsep.audio import AudioWriter, Recording
@@ -38,10 +39,12 @@ class Run:
         arguments: list[str],
         kill: tuple[str, int] | None = None,
         barrier: Barrier | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         folder.mkdir(parents=True)
         self._folder = folder
-        self._process = FORKED.Process(target=_main, args=(folder, arguments, kill, barrier))
+        given = (folder, arguments, kill, barrier, environment or {})
+        self._process = FORKED.Process(target=_main, args=given)
         self._process.start()
 
     def wait(self) -> int:
@@ -121,7 +124,15 @@ class Events:
         setattr(os, name, publish)
 
 
-def _main(folder: Path, arguments: list[str], kill: tuple[str, int] | None, barrier: Barrier | None) -> None:
+def _main(
+    folder: Path,
+    arguments: list[str],
+    kill: tuple[str, int] | None,
+    barrier: Barrier | None,
+    environment: dict[str, str],
+) -> None:
+    os.environ.update(environment)
+    fsspec.config.set_conf_env(fsspec.config.conf)
     # Sums depend on the number of threads; and two runs at once would fight for the cores.
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = (folder / "printed").open("w", buffering=1)

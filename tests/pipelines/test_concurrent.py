@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import count
 
+import fsspec
 import pytest
 
 from pipelines import commits, options, separate, shards, storage
@@ -13,6 +14,8 @@ from pipelines.blocks import Entry, Packer
 from pipelines.manifest import open_manifest, read_slice
 from pipelines.options import Plan, Settings
 from pipelines.status import read_totals
+from pipelines.tables import read
+from tests.object_store import Emulator
 from tests.pipelines.conftest import on_disk, run, tables, write_jsonl
 from tests.pipelines.processes import FORKED, Run
 
@@ -32,22 +35,48 @@ def rows(audio, tmp_path):
     return rows
 
 
-def test_two_processes_on_one_output(rows, random_bundle, tmp_path):
+@pytest.fixture(params=["local", "gs"])
+def place(request, tmp_path, monkeypatch):
+    """An output and the environment that processes need for it."""
+    if request.param == "local":
+        yield str(tmp_path / "output"), {}
+        return
+    environment = {"FSSPEC_GS": json.dumps({"token": "anon"}), "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    with Emulator() as emulator:
+        emulator.make_bucket("corpus")
+        environment["STORAGE_EMULATOR_HOST"] = f"http://{emulator.address}"
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        yield "gs://corpus/output", environment
+
+
+def test_two_processes_on_one_output(rows, random_bundle, tmp_path, place):
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
-    output = tmp_path / "output"
-    arguments = ["--manifest", manifest, "--output", str(output), "--model", random_bundle]
+    output, environment = place
+    arguments = ["--manifest", manifest, "--output", output, "--model", random_bundle]
     arguments += ["--num-shards", "4", "--batch-windows", "1"]
     # Both are about to commit the same part when the first of them goes on.
     barrier = FORKED.Barrier(2)
-    both = [Run(tmp_path / name, arguments, barrier=barrier) for name in ("one", "other")]
+    both = [
+        Run(tmp_path / name, arguments, barrier=barrier, environment=environment) for name in ("one", "other")
+    ]
     assert [process.wait() for process in both] == [0, 0], [process.printed for process in both]
     warnings = [line for process in both for line in process.printed.splitlines() if "WARNING" in line]
     assert any("-of-00004: another run on this output committed it first" in line for line in warnings)
-    assert on_disk(output) == ([name for name in NAMES if name != "d"], ["d"])
     for process in both:
         assert "rows in 8 = metrics 7 + errors 1" in process.printed
-    for row in tables(output)[0].values():
-        assert (output / row["stem"]).exists()
+    ids = [
+        sorted(
+            row["id"]
+            for uri in storage.list_folder(storage.join(output, kind))
+            for row in read(uri).to_pylist()
+        )
+        for kind in ("metrics", "errors")
+    ]
+    assert ids == [[name for name in NAMES if name != "d"], ["d"]]
+    for row in commits.read_committed(output)[0].to_pylist():
+        assert storage.exists(storage.join(output, row["stem"]))
 
 
 @pytest.fixture
