@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 import uuid
@@ -47,6 +48,7 @@ class AudioWriter:
         self._callbacks: Callbacks | None = None
         self._file: soundfile.SoundFile | None = None
         self._temporary = ""
+        self._local = False
         try:
             self._filesystem, self._path = fsspec.core.url_to_fs(self.uri)
             self._local = isinstance(self._filesystem, LocalFileSystem)
@@ -130,7 +132,10 @@ class AudioWriter:
 
     def _failure(self, error: Exception) -> AudioError:
         cause = (self._callbacks and self._callbacks.error) or error
-        return AudioError(f"{self.uri!r} cannot be written: {describe(cause)}")
+        fix = ""
+        if not self._local and getattr(cause, "errno", None) == errno.ENOSPC:
+            fix = f"; it is encoded in {tempfile.gettempdir()} first: set TMPDIR to a larger disk"
+        return AudioError(f"{self.uri!r} cannot be written: {describe(cause)}{fix}")
 
 
 def encoding_of(uri: str, sample_rate: int, channels: int) -> tuple[str, str]:

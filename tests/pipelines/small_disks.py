@@ -9,12 +9,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from clapsep.audio import AudioError, AudioWriter
 from clapsep.model import ClapSep
 from tests.pipelines.conftest import run
 
@@ -76,6 +81,14 @@ def play(disks: Disks) -> None:
         while True:
             filler.write(bytes(4096))
     disks.run("full", "full", *flags)
+
+    tempfile.tempdir = str(disks.mount("temporary", "4k"))
+    try:
+        with AudioWriter("memory://stem.wav", 16000, 1) as writer:
+            writer.write(np.zeros((16000, 1), np.float32))
+    except AudioError as error:
+        disks.answers["temporary"] = str(error)
+    disks.answers["temporary files"] = os.listdir(tempfile.tempdir)
 
     disks.mount("read-only", "1m")
     disks.remount("read-only", "ro")

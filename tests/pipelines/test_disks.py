@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import soundfile
@@ -44,7 +45,7 @@ def folder(random_bundle: str, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def answer(folder: Path, name: str) -> dict:
+def answer(folder: Path, name: str) -> Any:
     return json.loads((folder / "answers.json").read_text())[name]
 
 
@@ -115,6 +116,14 @@ def test_an_output_that_takes_nothing_is_refused_at_once(folder: Path, name: str
     assert problem.startswith(f"error: {folder}/{name}/run.json: cannot be written ({cause}")
     assert problem.endswith("give an output that you may write to")
     assert files(folder / "kept" / name).keys() <= {"filler"}
+
+
+def test_a_full_disk_for_temporary_files_is_named(folder: Path) -> None:
+    message = (
+        f"'memory://stem.wav' cannot be written: {NO_SPACE}; it is encoded in {folder}/temporary first: "
+    )
+    assert answer(folder, "temporary").startswith(f"{message}set TMPDIR")
+    assert answer(folder, "temporary files") == []
 
 
 def test_an_output_below_a_file_is_refused_at_once(
