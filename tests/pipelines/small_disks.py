@@ -63,7 +63,7 @@ def play(disks: Disks) -> None:
     flags = ("--num-shards", "1", "--batch-windows", "1", "--stem-format", "wav")
     disks.run("undisturbed", "undisturbed", *flags)
 
-    disks.mount("stems-do-not-fit", "512k")
+    disks.mount("stems-do-not-fit", "300k")
     disks.run("stems-do-not-fit", "stems-do-not-fit", *flags)
     disks.remount("stems-do-not-fit", "size=10m")
     disks.run("stems-fit-now", "stems-do-not-fit", *flags, "--retry-errors")

@@ -24,7 +24,7 @@ def folder(random_bundle: str, tmp_path_factory: pytest.TempPathFactory) -> Path
         pytest.skip("this machine lets nobody mount: `unshare -rm true` fails")
     folder = tmp_path_factory.mktemp("disks")
     samples, rate = soundfile.read(RECORDINGS / "woman_speaking.flac", dtype="float32")
-    soundfile.write(folder / "long.wav", samples[: 9 * rate], rate, "PCM_16")
+    soundfile.write(folder / "long.wav", samples[: 6 * rate], rate, "PCM_16")
     rows = [{"id": "long", "mixture": "long.wav", "positive_text": "dog"}]
     rows += [
         {
