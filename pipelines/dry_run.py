@@ -176,7 +176,12 @@ def _add(forecast: Forecast, found: _Recording) -> None:
         forecast.audio_seconds += found.audio_seconds
         forecast.encoder_windows += found.windows
         forecast.decoder_windows += found.windows * found.queries
-    PROGRESS.add(separated=found.passed, errors=len(found.failed), audio_seconds=found.audio_seconds)
+    PROGRESS.add(
+        separated=found.passed,
+        errors=len(found.failed),
+        audio_seconds=found.audio_seconds,
+        finished_seconds=found.audio_seconds,
+    )
 
 
 def _shards(manifest: Manifest, plan: Plan) -> Iterator[tuple[int, list[bytes]]]:

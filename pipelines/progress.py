@@ -30,34 +30,53 @@ class Progress:
         with self._lock:
             self.rows = rows
             self.skipped = self.separated = self.errors = 0
-            self.audio_seconds = 0.0
+            self.audio_seconds = self.finished_seconds = 0.0
             self.began = time.monotonic()
 
     def add(
-        self, *, skipped: int = 0, separated: int = 0, errors: int = 0, audio_seconds: float = 0.0
+        self,
+        *,
+        skipped: int = 0,
+        separated: int = 0,
+        errors: int = 0,
+        audio_seconds: float = 0.0,
+        finished_seconds: float = 0.0,
     ) -> None:
-        """Count rows that were committed before, that have a stem, that failed; and audio that is done."""
+        """Count rows that were committed before, that have a stem, that failed; and audio that is done.
+
+        `finished_seconds` is what of the audio belongs to the rows that are now separated.
+        """
         with self._lock:
             self.skipped += skipped
             self.separated += separated
             self.errors += errors
             self.audio_seconds += audio_seconds
+            self.finished_seconds += finished_seconds
 
     def line(self) -> str:
-        """`12/40 rows, 95 s of audio, 6.1 x real time, 2 errors, 0:00:31 left`."""
+        """`12/40 rows, 1.25 h of audio, 6.1 x real time, 2 errors, 0:00:31 left`."""
         with self._lock:
             elapsed = max(time.monotonic() - self.began, 1e-9)
             worked = self.separated + self.errors
             done = worked + self.skipped
+            hours = self.audio_seconds / 3600
+            audio = f"{hours:.2f} h" if hours >= 1 else f"{self.audio_seconds:.0f} s"
             parts = [
                 f"{done}/{self.rows} rows",
-                f"{self.audio_seconds:.0f} s of audio",
+                f"{audio} of audio",
                 f"{self.audio_seconds / elapsed:.1f} x real time",
                 f"{self.errors} errors",
             ]
             if worked and done < self.rows:
-                parts.append(f"{_clock(elapsed / worked * (self.rows - done))} left")
+                parts.append(f"{_clock(elapsed * self._left(worked, self.rows - done))} left")
             return ", ".join(parts)
+
+    def _left(self, worked: int, rows: int) -> float:
+        """The work left in `rows` rows, each as long as the others were, as a multiple of that done."""
+        if not self.finished_seconds:
+            return rows / worked
+        begun = self.audio_seconds - self.finished_seconds
+        return max(0.0, self.finished_seconds / worked * rows - begun) / self.audio_seconds
 
 
 PROGRESS = Progress()

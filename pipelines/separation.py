@@ -48,7 +48,7 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
         row = by_id[result.key]
         if result.error is None:
             metrics[row.id] = _metrics_row(row, shard, plan, bundle, result.value)
-            PROGRESS.add(separated=1)
+            PROGRESS.add(separated=1, finished_seconds=result.value["duration_s"])
         else:
             value = row.mixture or f"{row.target}; {row.interference}"
             failed.append(row.fail(describe(result.stage, result.error, value)))

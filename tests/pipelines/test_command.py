@@ -157,6 +157,19 @@ def test_progress_line():
     assert progress.line().endswith("2 errors")
 
 
+def test_time_left_follows_the_audio():
+    progress = Progress()
+    progress.start(4)
+    progress.add(separated=2, errors=1, audio_seconds=6000, finished_seconds=6000)
+    progress.began -= 100
+    # The last row is taken to be 2000 s long, at 60 x real time.
+    assert progress.line() == "3/4 rows, 1.67 h of audio, 60.0 x real time, 1 errors, 0:00:33 left"
+    progress.add(audio_seconds=1500)
+    assert progress.line() == "3/4 rows, 2.08 h of audio, 75.0 x real time, 1 errors, 0:00:07 left"
+    progress.add(audio_seconds=1500)
+    assert progress.line().endswith("0:00:00 left")
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
