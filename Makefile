@@ -9,7 +9,7 @@ $(READY): requirements.lock setup.py
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock -e .
 	touch $@
 
-.PHONY: env lock lint test run-local report bench train-mini
+.PHONY: env lock lint test fuzz run-local report bench train-mini
 
 env: $(READY)
 
@@ -24,6 +24,9 @@ lint: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q
 
+fuzz: $(READY)  ## 10 000 hostile rows and files: about ten minutes.
+	$(BIN)/python -m tests.fuzz.run
+
 run-local: $(READY)
 	$(BIN)/python -m pipelines.separate --manifest manifests/sample.csv --output $(OUTPUT) --residuals --report
 
@@ -33,6 +36,9 @@ report: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.model
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.queries
+	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.memory
 
 # The banks are in Debian's csound-soundfont and fluidr3mono-gm-soundfont; rendering them needs tinysoundfont.
 train-mini: export MALLOC_MMAP_MAX_ := 0
