@@ -12,6 +12,8 @@ from clapsep.audio import AudioError, StreamResampler
 
 # A window of all channels is in memory several times over.
 MOST_CHANNELS = 64
+# A header may turn an hour into years. Models of 32 kHz hear from 50 Hz on, which takes a rate of 100 Hz.
+MOST_MODEL_SAMPLES = 320
 
 
 class Framing(NamedTuple):
@@ -28,12 +30,16 @@ class WindowCutter:
     The windows are a hop apart and cover the recording; the last one is padded with zeros. A recording of any
     length has at least one. Each comes with the number of its samples that are signal.
 
-    Raises AudioError for more than `MOST_CHANNELS` channels.
+    Raises AudioError for more than `MOST_CHANNELS` channels, and for a rate so low that one sample would
+    become more than `MOST_MODEL_SAMPLES`.
     """
 
     def __init__(self, framing: Framing, channels: int, source_rate: int) -> None:
         if channels > MOST_CHANNELS:
             raise AudioError(f"has {channels} channels; at most {MOST_CHANNELS} are separated")
+        if source_rate * MOST_MODEL_SAMPLES < framing.sample_rate:
+            lowest = math.ceil(framing.sample_rate / MOST_MODEL_SAMPLES)
+            raise AudioError(f"has {source_rate} Hz; recordings of {lowest} Hz and more are separated")
         self._framing = framing
         self._resampler = StreamResampler(channels, source_rate, framing.sample_rate)
         self._held = np.zeros((0, channels), np.float32)

@@ -107,9 +107,9 @@ def test_resampled_tone_keeps_its_phase_and_level(rate: int) -> None:
     assert np.abs(stem[inner] - mixture[inner]).max() < 1e-4
 
 
-@pytest.mark.parametrize("rate", [1, 7, 768000])
+@pytest.mark.parametrize("rate", [100, 333, 768000])
 def test_absurd_rates_keep_the_length(rate: int) -> None:
-    mixture = noise(2 if rate < 100 else rate // 2)
+    mixture = noise(rate // 2)
     assert stems(Engine(Identity(32000)), [waveform_job(mixture, rate)])["a"].shape == mixture.shape
 
 

@@ -107,6 +107,13 @@ def test_a_thousand_channels_are_refused_before_they_fill_the_memory():
         WindowCutter(framing, 1024, 48000)
 
 
+def test_a_header_that_turns_an_hour_into_years_is_refused():
+    framing = Framing(32000, 320_000, 240_000)
+    WindowCutter(framing, 1, 100)
+    with pytest.raises(AudioError, match="1 Hz; recordings of 100 Hz and more"):
+        WindowCutter(framing, 1, 1)
+
+
 def test_rate_that_would_fill_the_memory_of_a_mixture_is_refused(tmp_path):
     buffer = io.BytesIO()
     soundfile.write(buffer, WAVEFORM, 16000, "FLOAT", format="WAV")
