@@ -37,8 +37,9 @@ from clapsep.config import BASE, TextConfig
 from clapsep.engine import Job, Request, Separator
 from clapsep.model import ClapSep
 from clapsep.query import Query
-from pipelines import separate, separation, shards
+from pipelines import runs, separate, separation, shards
 from pipelines.manifest import open_manifest
+from pipelines.models import worker_model
 from pipelines.options import Plan, Settings, default_shards
 
 CLIP = Path(__file__).parents[1] / "manifests" / "audio" / "speech_and_violin_48k_stereo.flac"
@@ -46,7 +47,7 @@ RECORDINGS = 8
 BATCH_WINDOWS = 8
 # Minutes of stereo audio: a few minutes of work per round on two cores.
 MINUTES = {"full": 5.0, "default": 20.0}
-_QUERY = "a person speaking"
+QUERY = "a person speaking"
 
 
 class Drop:
@@ -70,7 +71,7 @@ def separator_of(size: str) -> Separator:
     if size == "default":
         return Separator.load(batch_windows=BATCH_WINDOWS)
     torch.manual_seed(0)
-    words = ["<s>", "<pad>", "</s>", "<unk>", *_QUERY.split()]
+    words = ["<s>", "<pad>", "</s>", "<unk>", *QUERY.split()]
     text = TextConfig(vocabulary=len(words), width=16, layers=1, heads=2, feed_forward=32)
     config = dataclasses.replace(BASE, text=text)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -101,8 +102,9 @@ def write_recordings(folder: Path, minutes: float) -> list[tuple[np.ndarray, int
 def run_pipeline(separator: Separator, folder: Path, output: Path) -> tuple[float, float]:
     """Wall seconds of a local run on the recordings, and those of them that the model was at work."""
     manifest = open_manifest(f"{folder}/*.flac")
-    settings = Settings(positive=(_QUERY,))
+    settings = Settings(positive=(QUERY,))
     plan = Plan(str(output), default_shards(manifest.rows), settings, None, separator.bundle.digest)
+    runs.write_run(plan, manifest, separator.bundle.card, earlier=None)
     model_seconds = []
     original = shards.separate_rows
 
@@ -114,7 +116,7 @@ def run_pipeline(separator: Separator, folder: Path, output: Path) -> tuple[floa
         return done
 
     shards.separate_rows = counted
-    separation.acquire = lambda plan: separator
+    separation.acquire = lambda plan: worker_model(separator)
     began = time.perf_counter()
     separate.run_pipeline(manifest, plan, PipelineOptions([], runner="FnApiRunner"))
     wall = time.perf_counter() - began
@@ -124,7 +126,7 @@ def run_pipeline(separator: Separator, folder: Path, output: Path) -> tuple[floa
 
 def run_engine(separator: Separator, recordings: Sequence[tuple[np.ndarray, int]]) -> float:
     """Wall seconds of the engine alone."""
-    condition = separator.condition(Query([_QUERY]))
+    condition = separator.condition(Query([QUERY]))
     jobs = [
         Job(lambda recording=recording: Waveform(*recording), (Request(str(number), condition, Drop),))
         for number, recording in enumerate(recordings)

@@ -119,16 +119,15 @@ def _separate(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> tuple[Query, Separator]:
-    import torch
-
+    from clapsep.device import DeviceError, find_device
     from clapsep.engine import Separator
     from clapsep.query import Query
 
     query = Query(options.positive, options.negative, options.positive_audio, options.negative_audio)
     try:
-        torch.empty(0, device=options.device)
-    except (AssertionError, RuntimeError) as error:
-        raise UsageError(f"--device {options.device}: {error}; leave it out to use the CPU") from error
+        find_device(options.device)
+    except DeviceError as error:
+        raise UsageError(f"--{error}") from error
     try:
         separator = Separator.load(
             options.model,

@@ -18,13 +18,15 @@ from clapsep.engine import Separator
 from clapsep.engine.tasks import check_fit
 from clapsep.engine.windows import Framing
 from clapsep.query import Query, QueryError
+from clapsep.retry import redact
 from pipelines.commits import read_shard
 from pipelines.graph import MarkDuplicates, ReadRows, groups_of
 from pipelines.manifest import Manifest
+from pipelines.models import load_separator
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS, ProgressDisplay
 from pipelines.rows import QUERY_COLUMNS, SOURCE_COLUMNS, Row, RowError
-from pipelines.separation import acquire, describe
+from pipelines.separation import describe
 from pipelines.shards import SeparateShard
 from pipelines.stems import DecodedColumns
 from pipelines.tables import Shard
@@ -67,7 +69,7 @@ def dry_run(manifest: Manifest, plan: Plan) -> int:
 
     Raises BundleError, StorageError.
     """
-    separator = acquire(plan)
+    separator = load_separator(plan)
     PROGRESS.start(manifest.rows)
     with ProgressDisplay():
         forecast = survey(manifest, plan, separator)
@@ -90,7 +92,7 @@ def dry_run(manifest: Manifest, plan: Plan) -> int:
     for (stage, kind), count in sorted(forecast.problems.items()):
         print(f"{count} x {stage}/{kind}:")
         for row in forecast.examples[stage, kind]:
-            print(f"  row {row.number} of {row.manifest} ({row.id}): {row.error.message}")
+            print(f"  row {row.number} of {redact(row.manifest)} ({row.id}): {row.error.message}")
         if count > _EXAMPLES:
             print(f"  and {count - _EXAMPLES} more")
     return 1 if failing else 0

@@ -17,6 +17,8 @@ from pipelines.rows import digest
 # Rows per shard. A shard is what a crash costs, and what a worker takes.
 ROWS_PER_SHARD = 64
 MOST_SHARDS = 10_000
+# What of ours stands in for a runner of Beam's.
+_RUNNERS = {"DaskRunner": "pipelines.runners.dask_runner.DaskRunner"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Plan:
     memory_gb: float | None = None
     carried: tuple[str, ...] = ()
     retry_errors: bool = False
+    model_sharing: str = "process"
 
     @property
     def settings_digest(self) -> str:
@@ -115,6 +118,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", default="cpu", help="where the model runs (default: %(default)s)")
     parser.add_argument(
+        "--gpu",
+        metavar="KIND",
+        help="on Dataflow: the GPU of each machine that runs the model, e.g. nvidia-l4; sets --device cuda",
+    )
+    parser.add_argument(
         "--batch-windows",
         type=_positive_count,
         metavar="N",
@@ -125,6 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=_positive_number,
         metavar="GB",
         help="memory for one model call, on the device (default: half of what is free there)",
+    )
+    parser.add_argument(
+        "--model-sharing",
+        choices=("process", "machine"),
+        default="process",
+        help="one copy of the model for each worker process, or one for all of a machine "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--report", action="store_true", help="print the table of rows and draw spectrograms at the end"
@@ -169,6 +184,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, PipelineOptions
         standard.runner = "FnApiRunner"
     try:
         # A runner's module declares its own flags.
+        standard.runner = _RUNNERS.get(standard.runner.rpartition(".")[2], standard.runner)
         create_runner(standard.runner)
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--runner {standard.runner}: {' '.join(str(error).split())}") from error

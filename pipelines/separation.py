@@ -7,21 +7,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from apache_beam.utils.shared import Shared
-
-from clapsep import bundle as bundles
 from clapsep.audio import AudioError, Source
-from clapsep.engine import Job, Request, Separator, Stats, fitting_batch
+from clapsep.engine import Job, Request, Stats
 from clapsep.query import Query, QueryError
 from clapsep.retry import redact
+from pipelines.models import Facts, WorkerModel, acquire
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
 from pipelines.rows import QUERY_COLUMNS, SOURCE_COLUMNS, Row, RowError, printable
 from pipelines.stems import DecodedColumns, StemSink
 from pipelines.tables import Shard, carried_name
-
-# One model per process, however many threads and shards: it must be found by every copy of the DoFn.
-_SHARED = Shared()
 
 
 class Separated(NamedTuple):
@@ -35,19 +30,18 @@ class Separated(NamedTuple):
 def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
     """Separate the rows, none of which has an error yet; stems go to the output.
 
-    Raises BundleError where the model cannot be loaded.
+    Raises BundleError or DeviceError where the model cannot be loaded.
     """
-    separator = acquire(plan)
-    bundle = separator.bundle
-    jobs, failed = _jobs(rows, shard, plan, bundle)
+    model = acquire(plan)
+    jobs, failed = _jobs(rows, shard, plan, model)
     PROGRESS.add(errors=len(failed))
     by_id = {row.id: row for row in rows}
     metrics: dict[str, dict[str, Any]] = {}
-    run = separator.engine.run(jobs, _AudioProgress())
+    run = model.engine.run(jobs, _AudioProgress())
     for result in run:
         row = by_id[result.key]
         if result.error is None:
-            metrics[row.id] = _metrics_row(row, shard, plan, bundle, result.value)
+            metrics[row.id] = _metrics_row(row, shard, plan, model.facts, result.value)
             PROGRESS.add(separated=1, finished_seconds=result.value["duration_s"])
         else:
             value = row.mixture or f"{row.target}; {row.interference}"
@@ -56,9 +50,7 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
     return Separated([metrics[name] for name in by_id if name in metrics], failed, run.stats)
 
 
-def _jobs(
-    rows: Sequence[Row], shard: Shard, plan: Plan, bundle: bundles.Bundle
-) -> tuple[list[Job], list[Row]]:
+def _jobs(rows: Sequence[Row], shard: Shard, plan: Plan, model: WorkerModel) -> tuple[list[Job], list[Row]]:
     """A job for each recording with a request for each of its rows; and the rows whose query is refused."""
     sources: dict[tuple[object, ...], Callable[[], Source]] = {}
     requests: defaultdict[tuple[object, ...], list[Request]] = defaultdict(list)
@@ -66,7 +58,7 @@ def _jobs(
     for row in rows:
         try:
             query = Query(**{column: getattr(row, column) for column in QUERY_COLUMNS})
-            condition = bundle.queries.conditions([query])[0]
+            condition = model.condition(query)
         except (QueryError, AudioError) as error:
             value = "; ".join(text for column in QUERY_COLUMNS for text in getattr(row, column))
             refused.append(row.fail(describe("query", error, value)))
@@ -79,21 +71,30 @@ def _jobs(
 
 
 def _metrics_row(
-    row: Row, shard: Shard, plan: Plan, bundle: bundles.Bundle, measured: dict[str, Any]
+    row: Row, shard: Shard, plan: Plan, model: Facts, measured: dict[str, Any]
 ) -> dict[str, Any]:
     return {
-        **{name: getattr(row, name) for name in ("id", "manifest", *SOURCE_COLUMNS, *QUERY_COLUMNS)},
+        "id": row.id,
+        **{name: _told(getattr(row, name)) for name in ("manifest", *SOURCE_COLUMNS, *QUERY_COLUMNS)},
         "shard": shard.index,
         "row": row.number,
         "row_digest": row.digest,
         "key": row.key,
         **measured,
-        "device": str(bundle.device),
+        "device": model.device,
+        "driver": model.driver,
         "precision": "float32",
-        "model_digest": bundle.digest,
+        "model_digest": model.digest,
         "settings_digest": plan.settings_digest,
         **{carried_name(column): text for column, text in row.carried},
     }
+
+
+def _told(value: Any) -> Any:
+    """A value of a manifest's column without the credentials of URIs."""
+    if isinstance(value, tuple):
+        return tuple(map(redact, value))
+    return redact(value) if isinstance(value, str) else value
 
 
 class _AudioProgress:
@@ -107,36 +108,7 @@ class _AudioProgress:
         self._seen = seconds
 
 
-def acquire(plan: Plan) -> Separator:
-    """The model of this process for this plan, loaded by the first call. Raises BundleError."""
-    settings = plan.settings
-
-    def load() -> Separator:
-        bundle = bundles.load(plan.bundle, plan.device, allow_unfamiliar=settings.allow_unfamiliar)
-        if bundle.digest != plan.bundle_digest:
-            raise bundles.BundleError(
-                f"{plan.bundle or 'the embedded bundle'}: this worker has {bundle.digest[:12]}, the run was "
-                f"started with {plan.bundle_digest[:12]}; install the same version on every worker"
-            )
-        windows = plan.batch_windows
-        if windows is None:
-            budget = plan.memory_gb and round(plan.memory_gb * 1e9)
-            windows = fitting_batch(bundle.model, bundle.config.condition_dim, bundle.device, budget).windows
-        # Beam keeps a weak reference, which a tuple could not have.
-        return Separator(bundle, hop_seconds=settings.hop_seconds, batch_windows=windows)
-
-    facts = (
-        plan.bundle_digest,
-        plan.device,
-        settings.allow_unfamiliar,
-        settings.hop_seconds,
-        plan.batch_windows,
-        plan.memory_gb,
-    )
-    return _SHARED.acquire(load, tag=repr(facts))
-
-
 def describe(stage: str, error: Exception, value: str) -> RowError:
     """What `error` at `value` makes of a row."""
     message = str(error) or type(error).__name__
-    return RowError(stage, type(error).__name__, printable(redact(message)), printable(redact(value)))
+    return RowError(stage, type(error).__name__, printable(message), printable(value))

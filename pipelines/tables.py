@@ -52,6 +52,7 @@ _METRICS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("residual_clipped", pa.int64(), "samples of the residual file beyond full scale"),
     ("mixture_clipped", pa.int64(), "samples of the mixture file beyond full scale"),
     ("device", pa.string(), "device that ran the model"),
+    ("driver", pa.string(), "processor or GPU, its driver, torch and its threads"),
     ("precision", pa.string(), "number format that the model ran in"),
     ("model_digest", pa.string(), "SHA-256 of the model bundle"),
     ("settings_digest", pa.string(), "digest of the settings in run.json that change results"),

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,8 @@ class _Unit:
     conditions: dict[bytes, Tensor] = field(default_factory=dict)
 
 
+# What `separate_windows` below does, wherever the model is.
+SeparateWindows = Callable[[WindowModel, np.ndarray, np.ndarray, Tensor, int], np.ndarray]
 # A stem to make: of these samples, by this query.
 _Wanted = tuple[_Unit, bytes]
 
@@ -83,8 +85,16 @@ class Batcher:
     `repeat_bytes` bounds the stems that are kept in case their window comes again.
     """
 
-    def __init__(self, model: WindowModel, size: BatchSize, repeat_bytes: int, stats: Stats) -> None:
+    def __init__(
+        self,
+        model: WindowModel,
+        separate_windows: SeparateWindows,
+        size: BatchSize,
+        repeat_bytes: int,
+        stats: Stats,
+    ) -> None:
         self._model = model
+        self._separate_windows = separate_windows
         self._size = size
         self._stats = stats
         self._units: OrderedDict[bytes, _Unit] = OrderedDict()
@@ -176,27 +186,20 @@ class Batcher:
 
     def _forward(self, batch: Sequence[_Wanted]) -> list[np.ndarray | Exception]:
         numbers = {unit: number for number, unit in enumerate(dict.fromkeys(unit for unit, _ in batch))}
-        mixture = torch.from_numpy(np.stack([unit.mixture for unit in numbers]))
-        index = torch.tensor([numbers[unit] for unit, _ in batch])
+        mixture = np.stack([unit.mixture for unit in numbers])
+        index = np.array([numbers[unit] for unit, _ in batch])
         condition = torch.stack([unit.conditions[query] for unit, query in batch])
         calls = -(-len(batch) // max(len(numbers), self._size.windows))
-        stems: list[np.ndarray | Exception] = []
-        with self._size.turn, torch.inference_mode():
+        with self._size.turn:
             began = time.perf_counter()
-            device = condition.device
-            encoded = self._model.encode(mixture.to(device))
-            for part, of in zip(index.tensor_split(calls), condition.tensor_split(calls), strict=True):
-                output = self._model.decode(encoded, part.to(device), of).float().cpu().numpy()
-                if output.shape != (len(part), mixture.shape[-1]):
-                    raise ValueError(
-                        f"the model made {output.shape} of {len(part)} windows {mixture.shape[1:]}"
-                    )
-                stems += [stem if np.isfinite(stem).all() else _not_finite() for stem in output]
+            stems = self._separate_windows(self._model, mixture, index, condition, calls)
             self._stats.model_seconds += time.perf_counter() - began
+        if stems.shape != (len(batch), mixture.shape[1]):
+            raise ValueError(f"the model made {stems.shape} of {len(batch)} windows {mixture.shape[1:]}")
         self._stats.windows += len(numbers)
         self._stats.stems += len(batch)
         self._stats.batches += 1
-        return stems
+        return [stem if np.isfinite(stem).all() else _not_finite() for stem in stems]
 
     def _shrink(self, tried: int) -> None:
         self._stats.oom_splits += 1
@@ -217,6 +220,24 @@ class Batcher:
         while self._known_bytes > self._repeat_bytes:
             _, forgotten = self._known.popitem(last=False)
             self._known_bytes -= forgotten.nbytes
+
+
+def separate_windows(
+    model: WindowModel, mixture: np.ndarray, index: np.ndarray, condition: Tensor, calls: int
+) -> np.ndarray:
+    """Stems (N, window) float32 of one batch, made on the device of the conditions.
+
+    The mixtures (B, window) are encoded at once and decoded in `calls` parts; `index` (N,) says which of them
+    each condition (N, D) is for.
+    """
+    device = condition.device
+    with torch.inference_mode():
+        encoded = model.encode(torch.from_numpy(mixture).to(device))
+        parts = zip(np.array_split(index, calls), condition.tensor_split(calls), strict=True)
+        stems = [
+            model.decode(encoded, torch.from_numpy(part).to(device), of).float().cpu() for part, of in parts
+        ]
+    return torch.cat(stems).numpy()
 
 
 def _not_finite() -> ArithmeticError:

@@ -15,7 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from clapsep.audio import AudioError
-from clapsep.engine.batches import Batcher, BatchSize, Window, fingerprint
+from clapsep.engine.batches import (
+    Batcher,
+    BatchSize,
+    SeparateWindows,
+    Window,
+    fingerprint,
+    separate_windows,
+)
 from clapsep.engine.jobs import Job, Result, Stats, WindowModel
 from clapsep.engine.tasks import Output, Targets, Task
 from clapsep.engine.windows import Framing, WindowCutter
@@ -35,6 +42,7 @@ class Engine:
             batches where that is more. Half of a second is its mixture, and each stem is a half. It bounds
             memory.
         repeat_bytes: stems kept in case their window comes again in the same run, bytes.
+        separate_windows: has the model separate one batch; for a model in another process.
 
     Raises ValueError for a setting out of range.
     """
@@ -49,6 +57,7 @@ class Engine:
         encode_threads: int = 2,
         ahead_seconds: float = 240.0,
         repeat_bytes: int = 1 << 27,
+        separate_windows: SeparateWindows = separate_windows,
     ) -> None:
         rate, window = model.sample_rate, model.window
         hop = window * 3 // 4 if hop_seconds is None else round(hop_seconds * rate)
@@ -63,6 +72,7 @@ class Engine:
         self.encode_threads = encode_threads
         self.ahead_seconds = ahead_seconds
         self.repeat_bytes = repeat_bytes
+        self.separate_windows = separate_windows
 
     def run(self, jobs: Iterable[Job], progress: Callable[[float], None] | None = None) -> Run:
         """One result for each request, as it is completed; one that fails disturbs no other.
@@ -99,7 +109,9 @@ class _Scheduler:
     def __init__(self, engine: Engine, jobs: Iterable[Job], stats: Stats) -> None:
         self.engine = engine
         self.stats = stats
-        self.batcher = Batcher(engine.model, engine.batch_size, engine.repeat_bytes, stats)
+        self.batcher = Batcher(
+            engine.model, engine.separate_windows, engine.batch_size, engine.repeat_bytes, stats
+        )
         self.jobs = iter(jobs)
         self.jobs_lock = threading.Lock()
         self.jobs_error: Exception | None = None

@@ -21,7 +21,7 @@ from clapsep.model import ClapSep
 from pipelines import separate, shards
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload([__name__])
+FORKED.set_forkserver_preload([__name__, "gcsfs", "s3fs"])
 # A run takes a second or two. Who is not back after this long is stuck.
 PATIENCE_S = 300
 
@@ -56,9 +56,14 @@ class Run:
         return self._process.exitcode
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def printed(self) -> str:
-        """What the run printed and logged."""
-        return (self._folder / "printed").read_text()
+        """What the run has printed and logged so far."""
+        path = self._folder / "printed"
+        return path.read_text() if path.exists() else ""
 
     @property
     def events(self) -> Counter[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import options, separate
+from clapsep.device import DeviceError
+from pipelines import models, options, separate
 from pipelines.progress import PROGRESS, Progress, ProgressDisplay
 from tests.pipelines.conftest import RECORDINGS, run, tables, write_bundle, write_jsonl
 
@@ -86,11 +87,20 @@ def test_an_output_of_something_else(manifest, random_bundle, tmp_path, capsys):
         (["--num-shards", "0"], "not at least 1"),
         (["--batch-windows", "many"], "--batch-windows"),
         (["--stem-format", "mp3"], "--stem-format"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--gpu", "nvidia-l4"], "FnApiRunner starts no machines"),
     ],
 )
 def test_flags_that_make_no_sense(flags, words, manifest, random_bundle, tmp_path, capsys):
     assert words in refused(capsys, run(manifest, tmp_path / "output", random_bundle, *flags))
     assert not (tmp_path / "output").exists()
+
+
+def test_a_worker_without_the_device_does_not_use_another(random_bundle, tmp_path):
+    digest = models.bundles.verify(random_bundle).digest
+    plan = options.Plan(str(tmp_path), 1, options.Settings(), random_bundle, digest, device="cuda:99")
+    with pytest.raises(DeviceError, match=r"device cuda:99: .*; install its driver"):
+        models.acquire(plan)
 
 
 def test_missing_flags(capsys):

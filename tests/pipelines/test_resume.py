@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from clapsep import bundle as bundles
-from pipelines import separation, storage
+from pipelines import models, storage
 from pipelines.commits import read_committed
 from tests.pipelines.conftest import files, run, tables, write_bundle, write_jsonl
 
@@ -45,8 +45,8 @@ def committed(output):
 def test_a_second_run_does_no_work_and_says_so(started, random_bundle, model_calls, monkeypatch, capsys):
     manifest, output = started
     before = files(output)
-    monkeypatch.setattr(separation.bundles, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(separation, "_SHARED", separation.Shared())
+    monkeypatch.setattr(models.bundles, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(models, "_SHARED", models.Shared())
     assert run(manifest, output, random_bundle) == 0
     assert model_calls == []
     assert files(output) == before

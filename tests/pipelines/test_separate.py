@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+import torch
 
 from clapsep import bundle as bundles
 from clapsep.metrics import NO_TARGET, REFERENCE_COLUMNS, ReferenceMetrics
-from pipelines import graph, separate, separation
+from pipelines import graph, models, separate
 from tests.pipelines.conftest import files, run, tables, write_jsonl
 from tests.regenerate import signal
 
@@ -170,6 +171,7 @@ def test_metrics_row_says_what_was_done(done, audio, random_bundle):
     assert row["site"] == "site of room"
     assert row["model_digest"] == bundles.verify(random_bundle).digest
     assert (row["device"], row["precision"]) == ("cpu", "float32")
+    assert f"torch {torch.__version__}, {torch.get_num_threads()} threads" in row["driver"]
     assert row["wall_seconds"] > 0
     assert metrics["example"]["positive_audio"] == [str(audio / "dog.wav")]
     assert metrics["mixed"]["mixture"] is None
@@ -313,8 +315,8 @@ def test_one_model_for_all_shards_and_runs_of_a_process(audio, random_bundle, tm
     manifest = write_jsonl(tmp_path / "m.jsonl", rows)
     loads = []
     load = bundles.load
-    monkeypatch.setattr(separation.bundles, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
-    monkeypatch.setattr(separation, "_SHARED", separation.Shared())
+    monkeypatch.setattr(models.bundles, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
+    monkeypatch.setattr(models, "_SHARED", models.Shared())
     for output in ("one", "two"):
         assert run(manifest, tmp_path / output, random_bundle, "--num-shards", "4") == 0
         assert len({row["shard"] for row in tables(tmp_path / output)[0].values()}) > 1
@@ -338,7 +340,7 @@ def test_the_graph_is_a_straight_line():
         assert len(transform.outputs) <= 1, transform.unique_name
         assert "read" not in transform.spec.urn, transform.unique_name
     names = {transform.unique_name.split("/")[1] for transform in leaves if "/" in transform.unique_name}
-    assert names == {"Slices", "ReadRows", "GroupIds", "MarkDuplicates", "GroupByShard", "SeparateShard"}
+    assert names == {"Slices", "ReadRows", "GroupIds", "MarkDuplicates", "GroupByShard", "SeparateShards"}
 
 
 def test_counters_are_counted_where_beam_sees_them(audio, random_bundle, tmp_path, monkeypatch):
