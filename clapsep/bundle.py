@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any, NamedTuple
 
 import fsspec
 import torch
+from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -32,9 +34,12 @@ from torch.overrides import TorchFunctionMode
 
 from clapsep.clap import Clap
 from clapsep.config import ModelConfig
+from clapsep.device import find_device
 from clapsep.model import ClapSep
 from clapsep.query import QueryEncoder
 from clapsep.retry import describe, redact, retrying
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -112,10 +117,11 @@ def load(
 
     Raises:
         BundleError: a file is missing, unreadable or not the one that the card describes.
+        DeviceError: the device is not there.
     """
+    device = find_device(device)
     folder, digest, config, card = verify(uri)
     tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
-    device = torch.device(device)
     # Half-precision storage is upcast once, before sharing, so that both models still share memory.
     tensors = {
         key: tensor.float() if tensor.is_floating_point() else tensor
@@ -256,36 +262,53 @@ def _assign(module: torch.nn.Module, tensors: dict[str, Tensor], folder: Path) -
 def _local_folder(uri: str | None) -> tuple[Path, dict[str, Any]]:
     if uri is None:
         uri = str(importlib.resources.files("clapsep") / "bundles" / "mini")
+    uri = str(uri)
     try:
-        filesystem, root = fsspec.core.url_to_fs(str(uri).rstrip("/"))
-        card = json.loads(retrying(filesystem.cat_file, f"{root}/{CARD_FILE}"))
+        filesystem, root = fsspec.core.url_to_fs(uri.rstrip("/"))
+        written = retrying(filesystem.cat_file, f"{root}/{CARD_FILE}")
+        card = json.loads(written)
         expected = {name: card["sha256"][name] for name in HASHED_FILES}
     except Exception as error:
         problem = f"no readable {CARD_FILE} ({describe(error)})"
         raise BundleError(f"{uri}: {problem}; a bundle is a folder that `clapsep convert` wrote") from error
     if isinstance(filesystem, LocalFileSystem):
         return Path(root), card
-    folder = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "clapsep") / _digest(expected)
+    cache = Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "clapsep")
+    folder = cache / _digest(expected)
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
-            for name in (*HASHED_FILES, CARD_FILE):
-                retrying(filesystem.get_file, f"{root}/{name}", str(scratch / name))
-            _verify(scratch, card, where=str(uri))
-            scratch.rename(folder)
+            cache.mkdir(parents=True, exist_ok=True)
+            # The lock of a killed process is free at once. Its file stays: others may be waiting for it.
+            with FileLock(cache / f".{folder.name}.lock"):
+                if not folder.exists():
+                    _fetch(filesystem, root, folder, written, where=uri)
         except FileNotFoundError as error:
             raise BundleError(f"{uri}: {error}; copy the whole bundle there") from error
         except BundleError:
             raise
         except Exception as error:
-            # Another process may have put the same bundle there first.
-            if not folder.exists():
-                problem = f"cannot be fetched to {folder.parent} ({describe(error)})"
-                raise BundleError(f"{uri}: {problem}; run again") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            problem = f"cannot be fetched to {cache} ({describe(error)})"
+            raise BundleError(
+                f"{uri}: {problem}; run again, or set {CACHE_VARIABLE} to another folder"
+            ) from error
     return folder, card
+
+
+def _fetch(filesystem: Any, root: str, folder: Path, card: bytes, where: str) -> None:
+    """Copy the bundle of this card to `folder`, which appears whole or not at all; for who has its lock."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    # What a killed process left.
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        logger.info("fetching %s to %s", redact(where), folder)
+        for name in HASHED_FILES:
+            retrying(filesystem.get_file, f"{root}/{name}", str(partial / name))
+        (partial / CARD_FILE).write_bytes(card)
+        _verify(partial, json.loads(card), where)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _verify(folder: Path, card: Mapping[str, Any], where: str | None = None) -> str:

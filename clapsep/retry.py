@@ -30,8 +30,9 @@ GIVE_UP_S = 60.0
 FIRST_WAIT_S = 0.5
 LONGEST_WAIT_S = 16.0
 
-# 410 is a lost upload session, as is 404 on its address: the upload has to begin again.
-_TRANSIENT_STATUS = frozenset({408, 410, 429, 500, 502, 503, 504})
+# 409 is S3's answer to one of two conditional writes at the same moment. 410 is a lost upload session, as is
+# 404 on its address: the upload has to begin again.
+_TRANSIENT_STATUS = frozenset({408, 409, 410, 429, 500, 502, 503, 504})
 _UPLOAD_SESSION = "upload_id="
 _TRANSIENT_ERRNO = frozenset(
     {

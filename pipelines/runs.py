@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clapsep import __version__
+from clapsep.retry import redact
 from pipelines import storage
 from pipelines.manifest import Manifest
 from pipelines.options import Plan
@@ -94,6 +95,15 @@ def require_run(output: str) -> EarlierRun:
     return run
 
 
+def require_shared(output: str) -> None:
+    """Raises RunError where a worker finds another folder under `output` than the command has written to."""
+    if not storage.exists(storage.join(output, RUN_FILE)):
+        raise RunError(
+            f"{output}: worker {platform.node()} sees no {RUN_FILE} there, so it is another folder than the "
+            "command's; give a mount that all workers have, or a bucket"
+        )
+
+
 def write_run(
     plan: Plan,
     manifest: Manifest,
@@ -105,10 +115,11 @@ def write_run(
 
     Returns False, with nothing written, where `earlier` is None and another run has written one meanwhile.
     """
+    bundle = plan.bundle and redact(plan.bundle)
     recipe = {
         "settings_digest": plan.settings_digest,
         "settings": plan.settings.to_dict(),
-        "bundle": {"uri": plan.bundle, "name": card.get("name"), "digest": plan.bundle_digest},
+        "bundle": {"uri": bundle, "name": card.get("name"), "digest": plan.bundle_digest},
     }
     facts = {
         "format": FORMAT,
@@ -116,7 +127,7 @@ def write_run(
         "earlier_settings": _earlier_recipes(earlier, plan.settings_digest),
         "shards": plan.shards,
         "carried": list(plan.carried),
-        "manifest": {"uri": manifest.uri, "digest": manifest.digest, "rows": manifest.rows},
+        "manifest": {"uri": redact(manifest.uri), "digest": manifest.digest, "rows": manifest.rows},
         "manifests": sorted({manifest.digest, *(earlier.manifests if earlier else ())}),
         "counts": counts,
         "versions": {

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, TypeVar
 import fsspec
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import glob_translate
+from fsspec.utils import get_protocol, glob_translate
 
 from clapsep.remote import RemoteFile
 from clapsep.retry import describe, http_status, redact, retrying
@@ -49,6 +49,11 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
 def is_local(filesystem: Any) -> bool:
     """Whether it is the local disk, where a rename is atomic."""
     return isinstance(filesystem, LocalFileSystem)
+
+
+def is_local_uri(uri: str) -> bool:
+    """Whether `uri` is on the local disk; asks nobody, and needs neither driver nor credentials."""
+    return get_protocol(uri) in LocalFileSystem.protocol
 
 
 def join(folder: str, *parts: str) -> str:

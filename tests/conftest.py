@@ -13,6 +13,7 @@ from clapsep.bundle import Bundle
 from tests.clapsep.checkpoints import write_clap, write_clapsep, write_tokenizer
 from tests.faulty_store import FaultyStore
 from tests.golden import TINY
+from tests.object_store import GcsStore, ObjectStore, S3Store
 
 # Before gcsfs is imported: against an emulator its probes of zonal buckets take minutes.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -69,3 +70,21 @@ def faulty_store() -> Iterator[type[FaultyStore]]:
     FaultyStore.reset()
     yield FaultyStore
     FaultyStore.reset()
+
+
+@pytest.fixture(scope="session")
+def gcs_store() -> Iterator[GcsStore]:
+    with GcsStore() as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def s3_store() -> Iterator[S3Store]:
+    with S3Store() as store:
+        yield store
+
+
+@pytest.fixture(scope="session", params=["gcs_store", "s3_store"], ids=["gs", "s3"])
+def object_store(request: pytest.FixtureRequest) -> ObjectStore:
+    """Each kind of store in turn."""
+    return request.getfixturevalue(request.param)

@@ -53,7 +53,7 @@ class FaultyFile(io.BytesIO):
 
     def __init__(self, store: FaultyStore, content: bytes) -> None:
         super().__init__(content)
-        self.size = len(content)
+        self.details = {"size": len(content)}
         self._store = store
 
     def read(self, count: int | None = -1) -> bytes:

@@ -13,14 +13,22 @@ import numpy as np
 import pytest
 import soundfile
 
-from clapsep import retry
+from clapsep import remote, retry
 from clapsep.audio import AudioError, AudioWriter
 from tests.clapsep.recordings import RATE, noise, read
 from tests.clapsep.test_audio import FORMATS
 from tests.faulty_store import FaultyStore
 
-pytestmark = pytest.mark.usefixtures("no_waiting")
+pytestmark = pytest.mark.usefixtures("no_waiting", "small_blocks")
 SECRET = "hunter2"
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many reads of a small recording."""
+    monkeypatch.setattr(remote, "BLOCK_BYTES", 1024)
+    monkeypatch.setattr(remote, "SMALL_BYTES", 0)
+    monkeypatch.setattr(remote, "MOST_BLOCKS", 1)
 
 
 def stored(store: type[FaultyStore], container: str, encoding: str) -> str:

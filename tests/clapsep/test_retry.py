@@ -9,19 +9,13 @@ import aiohttp
 import botocore.exceptions
 import gcsfs.retry
 import google.auth.exceptions
-import numpy as np
 import pytest
 import requests
 import s3fs.errors
 from fsspec.exceptions import FSTimeoutError
-from hypothesis import given
-from hypothesis import strategies as st
 
 from clapsep import retry
-from clapsep.remote import RemoteFile
 from clapsep.retry import RetriesExhaustedError, describe, is_transient, redact, retrying
-from tests.clapsep.recordings import PROPERTY
-from tests.faulty_store import FaultyStore
 
 
 def http_error(status: int) -> Exception:
@@ -48,6 +42,7 @@ TRANSIENT = [
     gcsfs.retry.ChecksumError(),
     botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
     *map(http_error, (408, 410, 429, 500, 502, 503, 504)),
+    boto_error(409, "ConditionalRequestConflict"),
     boto_error(503, "SlowDown"),
     boto_error(500, "InternalError"),
     FileNotFoundError("http://storage/upload/storage/v1/b/bucket/o?upload_id=abc"),
@@ -163,51 +158,3 @@ SECRET = "hunter2"
 def test_credentials_are_not_told(text: str, shown: str) -> None:
     assert redact(text) == shown
     assert describe(OSError(text)) == f"OSError: {shown}"
-
-
-@pytest.fixture
-def store(faulty_store: type[FaultyStore]) -> FaultyStore:
-    return faulty_store()
-
-
-@pytest.mark.usefixtures("no_waiting")
-@PROPERTY
-@given(data=st.data())
-def test_a_remote_file_reads_on_where_it_was(store: FaultyStore, data: st.DataObject) -> None:
-    content = np.random.default_rng(0).bytes(1000)
-    store.reset()
-    store.pipe_file("/object", content)
-    failing = data.draw(st.lists(st.booleans(), max_size=60))
-    tries = retry.TRIES
-
-    def before(operation: str) -> None:
-        nonlocal tries
-        if tries > 1 and failing and failing.pop():
-            tries -= 1
-            raise ConnectionResetError
-
-    type(store).before = staticmethod(before)
-    file = RemoteFile(store, "/object")
-    plain = 0
-    for _ in range(data.draw(st.integers(1, 10))):
-        place, whence = data.draw(st.sampled_from([(0, 0), (500, 0), (0, 1), (-300, 2), (0, 2)]))
-        base = {0: 0, 1: plain, 2: 1000}[whence]
-        tries = retry.TRIES
-        assert file.seek(place, whence) == base + place == file.tell()
-        count = data.draw(st.integers(0, 400))
-        plain = min(1000, base + place + count)
-        tries = retry.TRIES
-        assert file.read(count) == content[base + place : plain]
-    type(store).before = staticmethod(lambda operation: None)
-    file.close()
-
-
-@pytest.mark.usefixtures("no_waiting")
-def test_a_read_that_is_cut_short_is_a_fault(store: FaultyStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.pipe_file("/object", bytes(1000))
-    with RemoteFile(store, "/object") as file:
-        assert len(file.read(2000)) == 1000
-        file.seek(0)
-        monkeypatch.setattr("tests.faulty_store.FaultyFile.read", lambda self, count: b"half")
-        with pytest.raises(RetriesExhaustedError, match="4 of 600 bytes came from byte 0 on; 5 tries"):
-            file.read(600)

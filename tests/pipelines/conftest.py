@@ -15,7 +15,7 @@ from clapsep import bundle
 from clapsep.clap import Clap
 from clapsep.config import DecoderConfig, EncoderConfig, ModelConfig, TextConfig
 from clapsep.model import ClapSep
-from pipelines import separate
+from pipelines import separate, storage
 from pipelines.commits import read_committed
 
 RECORDINGS = Path(__file__).parents[2] / "manifests" / "audio"
@@ -89,6 +89,26 @@ def tables(output: str | Path) -> tuple[dict[str, dict], dict[str, dict]]:
     """The committed (metrics, errors), by id."""
     metrics, errors = read_committed(str(output))
     return rows_by_id(metrics), rows_by_id(errors)
+
+
+# What depends on where the files lie, or on when.
+PLACES = frozenset(
+    {
+        *("manifest", "mixture", "target", "interference", "positive_audio", "negative_audio"),
+        *("stem", "shard", "key", "row_digest", "wall_seconds"),
+    }
+)
+
+
+def assert_equals_local(output: str, local: Path, but: frozenset[str] = frozenset()) -> None:
+    """The metrics and stems of `output` are those of the local run, without the rows `but`."""
+    expected, _ = tables(local)
+    found, _ = tables(output)
+    assert found.keys() == expected.keys() - but
+    for name, row in found.items():
+        assert {**row, **dict.fromkeys(PLACES)} == {**expected[name], **dict.fromkeys(PLACES)}
+        stem = storage.read_bytes(storage.join(output, row["stem"]))
+        assert stem == (local / expected[name]["stem"]).read_bytes(), name
 
 
 def on_disk(output: str | Path) -> tuple[list[str], list[str]]:

@@ -6,7 +6,6 @@ import json
 import shutil
 from itertools import count
 
-import fsspec
 import pytest
 
 from pipelines import commits, options, separate, shards, storage
@@ -15,7 +14,7 @@ from pipelines.manifest import open_manifest, read_slice
 from pipelines.options import Plan, Settings
 from pipelines.status import read_totals
 from pipelines.tables import read
-from tests.object_store import Emulator
+from tests.object_store import reached
 from tests.pipelines.conftest import on_disk, run, tables, write_jsonl
 from tests.pipelines.processes import FORKED, Run
 
@@ -35,20 +34,15 @@ def rows(audio, tmp_path):
     return rows
 
 
-@pytest.fixture(params=["local", "gs"])
+@pytest.fixture(params=["local", "gcs_store", "s3_store"])
 def place(request, tmp_path, monkeypatch):
     """An output and the environment that processes need for it."""
     if request.param == "local":
         yield str(tmp_path / "output"), {}
         return
-    environment = {"FSSPEC_GS": json.dumps({"token": "anon"}), "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
-    with Emulator() as emulator:
-        emulator.make_bucket("corpus")
-        environment["STORAGE_EMULATOR_HOST"] = f"http://{emulator.address}"
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
-        yield "gs://corpus/output", environment
+    store = request.getfixturevalue(request.param)
+    with reached(store, monkeypatch) as proxy:
+        yield store.uri("concurrent"), store.environment(proxy.address)
 
 
 def test_two_processes_on_one_output(rows, random_bundle, tmp_path, place):
