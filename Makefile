@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OUTPUT ?= output
+MANIFEST ?= manifests/sample.csv
+SEPARATE = $(BIN)/python -m pipelines.separate --manifest $(MANIFEST) --output $(OUTPUT) $(FLAGS)
 
 $(READY): requirements.lock setup.py
 	test -x $(BIN)/uv || { $(PYTHON) -m venv .venv && $(BIN)/pip install --quiet uv; }
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock -e .
 	touch $@
 
-.PHONY: env lock lint test fuzz run-local report bench train-mini
+.PHONY: env lock lint test test-engines prism fuzz run-local run-dask run-flink run-dataflow report bench train-mini
 
 env: $(READY)
 
@@ -24,11 +26,34 @@ lint: $(READY)
 test: $(READY)
 	$(BIN)/pytest -q
 
+test-engines: prism  ## Prism, worker pools, what the container installs: about five minutes, and Go.
+	$(BIN)/pytest -q -m engines
+
+prism: $(READY)  ## Beam's portable runner and its container's entry point, at the installed Beam's version.
+	version=$$($(BIN)/python -c 'import apache_beam; print(apache_beam.__version__)'); \
+	export GOBIN=$(CURDIR)/build/beam/$$version; \
+	test -x $$GOBIN/prism || go install github.com/apache/beam/sdks/v2/go/cmd/prism@v$$version; \
+	test -x $$GOBIN/container || go install github.com/apache/beam/sdks/v2/python/container@v$$version
+
 fuzz: $(READY)  ## 10 000 hostile rows and files: about ten minutes.
 	$(BIN)/python -m tests.fuzz.run
 
 run-local: $(READY)
-	$(BIN)/python -m pipelines.separate --manifest manifests/sample.csv --output $(OUTPUT) --residuals --report
+	$(SEPARATE) --residuals --report
+
+run-dask: $(READY)  ## docs/dask.md; DASK_SCHEDULER=tcp://host:8786
+	$(SEPARATE) --runner DaskRunner $(DASK_SCHEDULER:%=--dask_client_address=%)
+
+run-flink: $(READY)  ## docs/flink.md; FLINK_MASTER=host:8081 FLINK_JOB_SERVER_JAR=path
+	$(SEPARATE) --runner FlinkRunner --flink_master='$(or $(FLINK_MASTER),[local])' \
+		$(FLINK_JOB_SERVER_JAR:%=--flink_job_server_jar=%)
+
+# What it reads and writes lies in the bucket.
+run-dataflow: MANIFEST = gs://$(BUCKET)/manifests/sample.csv
+run-dataflow: OUTPUT = gs://$(BUCKET)/output
+run-dataflow: $(READY)  ## docs/dataflow.md; PROJECT= REGION= BUCKET= [GPU=nvidia-l4] [IMAGE=]
+	$(SEPARATE) --runner DataflowRunner $(PROJECT:%=--project=%) $(REGION:%=--region=%) \
+		$(BUCKET:%=--temp_location=gs://%/temp) $(GPU:%=--gpu=%) $(IMAGE:%=--sdk_container_image=%)
 
 report: $(READY)
 	$(BIN)/python -m pipelines.report $(OUTPUT)

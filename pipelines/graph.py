@@ -1,6 +1,6 @@
 """The Beam graph: from manifest slices to rows that meet in their shards.
 
-    Create(slices) -> ReadRows -> GroupByKey(ids) -> MarkDuplicates -> GroupByKey(shard) -> SeparateShard
+    Create(slices) -> ReadRows -> GroupByKey(ids) -> MarkDuplicates -> GroupByKey(shard) -> SeparateShards
 
 A straight line on purpose: no tagged outputs, side inputs or splittable sources, which not every runner
 executes correctly. Only rows travel, in packed blocks; waveforms never do.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import apache_beam as beam
@@ -27,13 +27,17 @@ ROWS_PER_GROUP = 100_000
 
 
 class SeparateManifest(beam.PTransform):
-    """Root transform: the slices of a manifest to a `ShardSummary` per shard; results go to the output."""
+    """Root transform: the slices of a manifest to a `ShardSummary` per shard; results go to the output.
 
-    def __init__(self, manifest: Manifest, plan: Plan) -> None:
+    `hints` are Beam's resource hints for the steps that run the model.
+    """
+
+    def __init__(self, manifest: Manifest, plan: Plan, hints: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._slices = manifest.slices
         self._groups = groups_of(manifest)
         self._plan = plan
+        self._hints = hints or {}
 
     def expand(self, begin: Any) -> beam.PCollection:
         """Build the graph."""
@@ -45,8 +49,24 @@ class SeparateManifest(beam.PTransform):
             | "GroupIds" >> beam.GroupByKey()
             | "MarkDuplicates" >> beam.ParDo(MarkDuplicates()).with_output_types(blocks)
             | "GroupByShard" >> beam.GroupByKey()
-            | "SeparateShard" >> beam.ParDo(SeparateShard(self._plan))
+            | "SeparateShards" >> SeparateShards(self._plan).with_resource_hints(**self._hints)
         )
+
+
+class SeparateShards(beam.PTransform):
+    """(shard, its rows in blocks) to `ShardSummary`s: decodes, runs the model, writes.
+
+    Hints of resources belong on the whole of it: steps with different ones are not fused, and waveforms would
+    go from machine to machine.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self._plan = plan
+
+    def expand(self, shards: beam.PCollection) -> beam.PCollection:
+        """Build the graph."""
+        return shards | "SeparateShard" >> beam.ParDo(SeparateShard(self._plan))
 
 
 class ReadRows(beam.DoFn):

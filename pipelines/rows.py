@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clapsep.retry import redact
 from pipelines import storage
 
 QUERY_COLUMNS = ("positive_text", "negative_text", "positive_audio", "negative_audio")
@@ -34,7 +35,7 @@ class RowError:
     """Why a row has no stem: a row of the errors table, but for where and when.
 
     `stage` is one of manifest, decode, query, separate, encode, write. Message and value become one line each
-    of at most `MOST_ERROR_CHARACTERS`, the middle left out, whatever they come with.
+    of at most `MOST_ERROR_CHARACTERS`, the middle left out, without the credentials of URIs.
     """
 
     stage: str
@@ -218,6 +219,7 @@ def printable(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
+    text = redact(text)
     left_out = len(text) - MOST_ERROR_CHARACTERS
     if left_out > 0:
         # The end often names the cause.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import apache_beam as beam
@@ -18,7 +19,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from clapsep import bundle as bundles
 from clapsep.retry import redact
-from pipelines import options, report, runs
+from pipelines import options, report, runners, runs
 from pipelines.clean import clean
 from pipelines.dry_run import dry_run
 from pipelines.graph import SeparateManifest
@@ -27,6 +28,7 @@ from pipelines.options import Plan, UsageError
 from pipelines.progress import PROGRESS, ProgressDisplay
 from pipelines.status import Totals, failure_lines, print_status, read_totals
 from pipelines.storage import StorageError
+from pipelines.watch import CommittedProgress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if given.report:
             report.require_matplotlib()
+        hints = {} if given.dry_run else runners.prepare(pipeline_options, given)
         manifest = open_manifest(given.manifest)
         bundle = bundles.verify(given.model)
         plan, earlier = make_plan(given, manifest, bundle)
@@ -68,10 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = f"manifest {manifest.uri}: {manifest.rows} rows{ignored}; {shards}; output {plan.output}"
     print(redact(run))
     try:
-        run_pipeline(manifest, plan, pipeline_options)
+        if not run_pipeline(manifest, plan, pipeline_options, hints):
+            print("a template of this run was written; nothing was run")
+            return 0
     except Exception as error:
         print(
-            f"error: {redact(' '.join(str(error).split())) or type(error).__name__}\n"
+            f"error: {redact(runners.cause_of(error))}\n"
             "The run stopped; what it has committed stays, and the same command goes on from there.",
             file=sys.stderr,
         )
@@ -102,6 +107,7 @@ def make_plan(
         memory_gb=given.memory_gb,
         carried=manifest.carried,
         retry_errors=given.retry_errors,
+        model_sharing=given.model_sharing,
     )
     options.check_hop(plan.settings, bundle.config.window_seconds)
     if earlier:
@@ -110,13 +116,28 @@ def make_plan(
     return plan, earlier
 
 
-def run_pipeline(manifest: Manifest, plan: Plan, pipeline_options: PipelineOptions) -> None:
-    """Build the graph and run it to its end, on whatever runner the options name."""
+def run_pipeline(
+    manifest: Manifest,
+    plan: Plan,
+    pipeline_options: PipelineOptions,
+    hints: Mapping[str, str] | None = None,
+) -> bool:
+    """Build the graph and run it to its end, on whatever runner the options name; see SeparateManifest.
+
+    False where only a template was written, from which Dataflow starts runs later.
+    """
     PROGRESS.start(manifest.rows)
-    with ProgressDisplay():
+    in_process = runners.is_in_process(pipeline_options)
+    with nullcontext() if in_process else CommittedProgress(plan.output), ProgressDisplay():
         pipeline = beam.Pipeline(options=pipeline_options)
-        pipeline | SeparateManifest(manifest, plan)
-        pipeline.run().wait_until_finish()
+        pipeline | SeparateManifest(manifest, plan, hints)
+        result = pipeline.run()
+        if not getattr(result, "has_job", True):
+            return False
+        if (url := runners.job_url(pipeline_options, result)) is not None:
+            print(f"submitted: {url}", flush=True)
+        result.wait_until_finish()
+    return True
 
 
 def conclude(
@@ -137,7 +158,8 @@ def conclude(
         print(f"{separated} of {before.errors} failed rows separated, {total.errors} remain")
     else:
         print(f"{separated} rows separated, {total.errors - before.errors} errors in this run")
-        if (total.metrics, total.errors) == (before.metrics, before.errors):
+        unchanged = (total.metrics, total.errors) == (before.metrics, before.errors)
+        if unchanged and total.metrics + total.errors >= manifest.rows:
             print("nothing to do: every row was committed by an earlier run")
     sums = f"metrics {total.metrics} + errors {total.errors}"
     surplus = total.metrics + total.errors - manifest.rows

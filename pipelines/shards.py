@@ -12,11 +12,13 @@ import apache_beam as beam
 from apache_beam.metrics import Metrics
 
 from clapsep.engine.jobs import Stats
+from clapsep.retry import redact
 from pipelines.blocks import rows_of
 from pipelines.commits import Committed, commit, read_shard, rewrite_superseded
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
 from pipelines.rows import Row, conflict_with_committed, place
+from pipelines.runs import require_shared
 from pipelines.separation import Separated, separate_rows
 from pipelines.tables import Shard
 
@@ -47,6 +49,15 @@ class SeparateShard(beam.DoFn):
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
+    @property
+    def shards(self) -> int:
+        """How many elements there may be."""
+        return self._plan.shards
+
+    def setup(self) -> None:
+        """Make sure that what is committed here is what the command will read. Raises RunError."""
+        require_shared(self._plan.output)
+
     def process(self, element: tuple[int, Iterable[bytes]]) -> Iterator[ShardSummary]:
         """Bring one shard up to date."""
         index, blocks = element
@@ -59,6 +70,8 @@ class SeparateShard(beam.DoFn):
         if not pending:
             _count("shards_skipped")
         while pending:
+            # On a cluster, which worker has it.
+            logger.debug("shard %s: %d rows", shard.name, len(pending))
             done = self._separate(pending, shard, summary)
             if self._commit(done, shard, committed):
                 summary.separated, summary.errors = len(done.metrics), len(done.failed)
@@ -142,7 +155,7 @@ def _error_row(row: Row, shard: Shard, attempt: int) -> dict[str, Any]:
         "id": row.id or None,
         "key": row.key,
         "shard": shard.index,
-        "manifest": row.manifest,
+        "manifest": redact(row.manifest),
         "row": row.number,
         **{name: getattr(row.error, name) for name in ("stage", "type", "message", "value")},
         "attempt": attempt,
