@@ -22,9 +22,12 @@ lock:  ## Rewrite requirements.lock from setup.py.
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile
 
+# Two processes of one thread each do more on two cores than one of two.
+test: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 test-engines: prism  ## Prism, worker pools, what the container installs: about five minutes, and Go.
 	$(BIN)/pytest -q -m engines

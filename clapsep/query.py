@@ -221,6 +221,8 @@ def _version(uri: str) -> str:
     # A changed file (size, time or entity tag) must not be answered from the cache.
     try:
         filesystem, path = fsspec.core.url_to_fs(uri)
+        # Drivers keep listings, which know nothing of what was written since.
+        filesystem.invalidate_cache(path)
         return str(filesystem.ukey(path))
     except Exception:
         # Decoding meets the same trouble and says what it is.

@@ -41,6 +41,8 @@ class DaskRunner(dask_runner.DaskRunner):
         with ExitStack() as opened:
             if given.address is None:
                 given.address = opened.enter_context(local_cluster()).scheduler_address
+                # It complains of processes that take their time to end.
+                opened.callback(logging.getLogger("distributed.nanny").setLevel, logging.ERROR)
             running = super().run_pipeline(pipeline, options)
             opened.enter_context(running.client)
             try:
@@ -80,15 +82,18 @@ def local_processes() -> tuple[int, int]:
 def local_cluster() -> distributed.LocalCluster:
     """A scheduler, which nobody but this machine reaches, and worker processes that share the cores."""
     processes, cores = local_processes()
-    # Dask gives a process one thread of torch. The environment, where set, comes before this.
-    threads = {f"distributed.nanny.pre-spawn-environ.{name}_NUM_THREADS": cores for name in ("OMP", "MKL")}
-    with dask.config.set(threads):
+    # Torch would have one thread in each. What the user's environment says comes before this.
+    environment = {"OMP_NUM_THREADS": cores, "MKL_NUM_THREADS": cores, "DASK_LOGGING__DISTRIBUTED": "warning"}
+    environment |= dict.fromkeys(("DASK_LOGGING__CLAPSEP", "DASK_LOGGING__PIPELINES"), "info")
+    names = "distributed.nanny.pre-spawn-environ"
+    with dask.config.set({names: {**dask.config.get(names), **environment}}):
         return distributed.LocalCluster(
             n_workers=processes,
             threads_per_worker=THREADS_PER_PROCESS,
             # Its limit is a share of the machine, at which it kills; what a batch may take is in --memory-gb.
             memory_limit=0,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
+            silence_logs=False,
         )
 
 

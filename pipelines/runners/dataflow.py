@@ -66,6 +66,10 @@ def prepare(options: PipelineOptions, given: argparse.Namespace) -> Mapping[str,
     machine, disk_gb, hints = CPU_MACHINE, CPU_DISK_GB, {}
     if given.gpu is not None:
         machine, disk_gb = _gpu_machine(given.gpu, worker.sdk_container_image), GPU_DISK_GB
+        if options.view_as(GoogleCloudOptions).flexrs_goal:
+            raise UsageError(
+                "--flexrs_goal: Dataflow has no GPUs for single steps then; leave it or --gpu out"
+            )
         given.device = "cuda"
         kind = worker.machine_type or machine.kind
         hints["accelerator"] = f"type:{given.gpu};count:1;machine_type:{kind};install-nvidia-driver:5xx"

@@ -80,6 +80,8 @@ def prepare(options: PipelineOptions, given: argparse.Namespace) -> None:
         )
     # Beam applies it to how long a job may run, too, on services that know a job by one id.
     portable.job_server_timeout = max(portable.job_server_timeout, A_YEAR_S)
+    # Without it Beam stages the output of pip freeze, where a private source has its password in its URL.
+    options.view_as(DebugOptions).add_experiment("disable_logging_submission_environment")
     place = None
     if portable.job_endpoint not in (None, EMBEDDED):
         place = portable.job_endpoint
@@ -148,8 +150,8 @@ def _job_server_jar(options: PipelineOptions) -> str:
         jar = server.local_jar(source, options.view_as(JobServerOptions).jar_cache_dir)
     except (OSError, RuntimeError) as error:
         raise UsageError(
-            f"{source}: cannot be fetched ({' '.join(str(error).split())}); "
-            f"fetch it where there is a network and give its path with {flag}"
+            f"{source.rpartition('/')[2]}: cannot be fetched ({' '.join(str(error).split())}); "
+            f"or give its path with {flag}"
         ) from error
     if not zipfile.is_zipfile(jar):
         raise UsageError(f"{jar}: is no jar, perhaps half of one; delete it, or give another with {flag}")

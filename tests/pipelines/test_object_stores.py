@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
+from clapsep import bundle
 from clapsep.audio import AudioError, Recording
+from clapsep.query import Query
 from pipelines import storage
 from tests.clapsep.recordings import noise
 from tests.object_store import LOST, FaultProxy, ObjectStore, Request, reached
@@ -84,9 +87,9 @@ def test_everything_in_the_store(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     manifest = object_store.put_folder(corpus, "all/in") + "/manifest.jsonl"
-    bundle = object_store.put_folder(Path(random_bundle), "all/bundle")
+    model = object_store.put_folder(Path(random_bundle), "all/bundle")
     output = object_store.uri("all/out")
-    assert run(manifest, output, bundle, *FLAGS) == 0
+    assert run(manifest, output, model, *FLAGS) == 0
     assert_equals_local(output, local)
     (error,) = tables(output)[1].values()
     assert (error["id"], error["stage"]) == ("absent", "decode")
@@ -96,7 +99,7 @@ def test_everything_in_the_store(
     model_calls.clear()
     proxy.reset()
     capsys.readouterr()
-    assert run(manifest, output, bundle, *FLAGS) == 0
+    assert run(manifest, output, model, *FLAGS) == 0
     assert "nothing to do: every row was committed by an earlier run" in capsys.readouterr().out
     assert model_calls == []
     assert proxy.reads(".wav") == proxy.reads(".safetensors") == []
@@ -120,9 +123,9 @@ def test_places_are_mixed_freely(
     with reached(one, monkeypatch), reached(other, monkeypatch):
         mixtures = one.put_folder(corpus / "audio", "mixed/mixtures")
         references = other.put_folder(corpus / "audio", "mixed/references")
-        bundle = one.put_folder(Path(random_bundle), "mixed/bundle")
+        model = one.put_folder(Path(random_bundle), "mixed/bundle")
         manifest = write_jsonl(tmp_path / "m.jsonl", rows(mixtures, references, str(corpus / "audio")))
-        assert run(manifest, other.uri("mixed/out"), bundle, *FLAGS) == 0
+        assert run(manifest, other.uri("mixed/out"), model, *FLAGS) == 0
         assert_equals_local(other.uri("mixed/out"), local)
         assert tables(other.uri("mixed/out"))[1].keys() == {"absent"}
 
@@ -286,3 +289,16 @@ def test_two_versions_of_a_recording_are_not_mixed(
         with pytest.raises(AudioError, match=r"changed\.wav.* replaced or deleted while it was being read"):
             list(blocks)
     np.testing.assert_array_equal(samples(uri), samples(str(path)))
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_changed_example_is_heard_again(object_store: ObjectStore, audio: Path, random_bundle: str) -> None:
+    encoder = bundle.load(random_bundle).queries
+    query = Query(positive_audio=object_store.uri("example.wav"))
+    object_store.put("example.wav", (audio / "room.wav").read_bytes())
+    # A driver that has listed it goes on with the tag that it had then.
+    storage.list_files(object_store.uri("example*"))
+    heard = encoder.conditions([query])
+    storage.list_files(object_store.uri("example*"))
+    object_store.put("example.wav", (audio / "dog.wav").read_bytes())
+    assert not torch.equal(encoder.conditions([query]), heard)

@@ -17,6 +17,7 @@ PATIENCE_S = 120
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DASK_LOGGING__PIPELINES": "debug"}
 # Otherwise they import it at the first task, and answer nobody meanwhile.
 _PRELOAD = ("--preload", "pipelines.shards")
+_DASHBOARD = ("--dashboard-address", "127.0.0.1:0")
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ class Worker:
 
 
 class Cluster:
-    """`dask scheduler`, and the workers that `worker` starts; all log to `folder` and end with the context."""
+    """`dask scheduler`, and the workers that `worker` starts; they end with the context."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self._folder = folder
@@ -76,7 +77,7 @@ class Cluster:
 
     def __enter__(self) -> Self:
         file = self._folder / "scheduler.json"
-        arguments = ("--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file))
+        arguments = ("--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file))
         self.scheduler = self._start("scheduler", (*arguments, *_PRELOAD))
 
         def address() -> str | None:
@@ -107,7 +108,7 @@ class Cluster:
         preload: bool = True,
     ) -> Worker:
         """A further worker, which has yet to register."""
-        arguments = [self.address, "--no-nanny", "--no-dashboard", "--name", name, "--nthreads", str(threads)]
+        arguments = [self.address, "--no-nanny", "--name", name, "--nthreads", str(threads)]
         arguments += ["--memory-limit", "4GB", "--local-directory", str(self._folder / name)]
         arguments += _PRELOAD if preload else ()
         process = self._start("worker", arguments, name, environment)
@@ -119,7 +120,7 @@ class Cluster:
     ) -> subprocess.Popen:
         with (self._folder / f"{name or kind}.log").open("w") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", f"distributed.cli.dask_{kind}", *arguments],
+                [sys.executable, "-m", f"distributed.cli.dask_{kind}", *arguments, *_DASHBOARD],
                 cwd=self._folder,
                 env={**self._environment, **(environment or {})},
                 stdout=log,

@@ -21,6 +21,7 @@ import torch
 
 from tests.object_store import GcsStore, reached
 from tests.pipelines.conftest import RECORDINGS, assert_equals_local, run, tables, write_jsonl
+from tests.pipelines.processes import Run
 from tests.runners.conftest import LOCAL_FLAGS
 from tests.runners.dask_cluster import Cluster, Worker, wait_for
 
@@ -53,15 +54,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in range(3):
         write_jsonl(folder / f"{part}.jsonl", rows[part::3])
     return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As in the workers: sums depend on it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +108,16 @@ def test_a_worker_killed_in_the_middle_of_its_shards(
     store: GcsStore,
     corpus: Path,
     random_bundle: str,
-    one_thread: None,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     local, output = tmp_path / "local", store.uri("dask/out")
-    assert run(corpus / "*.jsonl", local, random_bundle, *FLAGS) == 0
+    # In a process with one thread of torch, as the workers have: sums depend on it.
+    undisturbed = Run(
+        tmp_path / "run",
+        ["--manifest", f"{corpus}/*.jsonl", "--output", str(local), "--model", random_bundle, *FLAGS],
+    )
+    assert undisturbed.wait() == 0
     manifest = store.put_folder(corpus, "dask/in") + "/*.jsonl"
     flags = (*FLAGS, *RUNNER, "--dask_client_address", cluster.address)
     cluster.wait()

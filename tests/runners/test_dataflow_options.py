@@ -75,6 +75,10 @@ class TestPrepare:
                 "nvidia-tesla-v100: not one of",
             ),
             ({"gpu": "nvidia-l4"}, "--gpu nvidia-l4 needs --sdk_container_image"),
+            (
+                {"gpu": "nvidia-l4", "sdk_container_image": IMAGE, "flexrs_goal": "COST_OPTIMIZED"},
+                "--flexrs_goal: Dataflow has no GPUs for single steps then",
+            ),
             ({"device": "cuda"}, "--device cuda: Dataflow's machines have no GPU unless"),
             (
                 {"runner": "FnApiRunner", "gpu": "nvidia-l4"},

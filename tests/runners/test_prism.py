@@ -59,13 +59,8 @@ def command(manifest: Path, output: str | Path, bundle: str, *flags: str) -> sub
     )
 
 
-def separate(manifest: Path, output: str | Path, bundle: str, *flags: str) -> tuple[int, str]:
-    """Exit code of the command and what it says at the end."""
-    process = command(manifest, output, bundle, *flags)
-    return ended(process)
-
-
 def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit code of the command and what it has to say."""
     try:
         _, errors = process.communicate(timeout=PATIENCE_S)
     finally:
@@ -84,23 +79,28 @@ def test_loopback(
     prism: Path, small_manifest: Path, small_local: Path, random_bundle: str, tmp_path: Path
 ) -> None:
     flags = ("--runner=PrismRunner", f"--prism_location={prism}")
-    code, errors = separate(small_manifest, tmp_path / "output", random_bundle, *flags)
+    code, errors = ended(command(small_manifest, tmp_path / "output", random_bundle, *flags))
     assert code == 0, errors
     assert_equals_local(str(tmp_path / "output"), small_local)
 
 
 def test_worker_pool(
-    server: Service, small_manifest: Path, small_local: Path, random_bundle: str, tmp_path: Path
+    server: Service,
+    small_manifest: Path,
+    small_local: Path,
+    random_bundle: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with worker_pool(tmp_path) as pool:
-        flags = pools(server, pool)
-        code, errors = separate(small_manifest, tmp_path / "output", random_bundle, *flags)
-        assert code == 0, errors
+        flags = (*LOCAL_FLAGS, *pools(server, pool))
+        assert run(small_manifest, tmp_path / "output", random_bundle, *flags) == 0
         assert_equals_local(str(tmp_path / "output"), small_local)
         # In memory it is another folder in every process, as a local disk is on every machine.
-        code, errors = separate(small_manifest, "memory://output", random_bundle, *flags)
-        assert code == 1, errors
-    assert errors.strip().splitlines()[-2].startswith("error: RunError: memory://output: worker "), errors
+        assert run(small_manifest, "memory://portable", random_bundle, *flags) == 1
+    problem = capsys.readouterr().err.strip().splitlines()[-2]
+    assert problem.startswith("error: RunError: memory://portable: worker ")
+    assert " sees no run.json there" in problem
     assert pool.orphans == []
 
 
@@ -109,11 +109,11 @@ def test_a_killed_worker_fails_the_job_and_the_same_command_completes_it(
 ) -> None:
     segments = [
         f"{start:g},{small_manifest.parent}/audio/drums.wav,dog,rain,{start:g},1.4\n"
-        for start in np.arange(0, 1.6, 0.02)
+        for start in np.arange(0, 1.6, 0.04)
     ]
     manifest = tmp_path / "many.csv"
     manifest.write_text("id,mixture,positive_text,negative_text,start,duration\n" + "".join(segments))
-    shards = ("--num-shards", "20")
+    shards = ("--num-shards", "12")
     assert run(manifest, tmp_path / "local", random_bundle, *LOCAL_FLAGS, *shards) == 0
     output = tmp_path / "output"
     with worker_pool(tmp_path) as pool:
@@ -128,8 +128,7 @@ def test_a_killed_worker_fails_the_job_and_the_same_command_completes_it(
         assert errors.strip().splitlines()[-1].startswith("The run stopped; what it has committed stays")
         kept = {path: path.read_bytes() for path in committed(output)}
         assert 0 < len(kept) < len(committed(tmp_path / "local"))
-        code, errors = separate(manifest, output, random_bundle, *flags)
-    assert code == 0, errors
+        assert run(manifest, output, random_bundle, *LOCAL_FLAGS, *flags) == 0
     assert {path: path.read_bytes() for path in kept} == kept
     assert_equals_local(str(output), tmp_path / "local")
 
@@ -152,9 +151,8 @@ def test_staged_package(
         {"PATH": f"{python.parent}:{os.environ['PATH']}", "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT": "1"},
     )
     with pool:
-        flags = (*pools(server, pool), f"--extra_package={build_wheel(tmp_path)}")
-        code, errors = separate(small_manifest, tmp_path / "output", random_bundle, *flags)
-    assert code == 0, errors + pool.log
+        flags = (*LOCAL_FLAGS, *pools(server, pool), f"--extra_package={build_wheel(tmp_path)}")
+        assert run(small_manifest, tmp_path / "output", random_bundle, *flags) == 0, pool.log
     assert_equals_local(str(tmp_path / "output"), small_local)
     assert Path(imported_from(python)).is_relative_to(tmp_path / "environment")
 
