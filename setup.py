@@ -32,7 +32,10 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["clapsep", "clapsep.*", "pipelines", "pipelines.*"]),
-    package_data={"clapsep": ["bundles/mini/*", "training/*.csv", "training/*.json"]},
+    package_data={
+        "clapsep": ["bundles/mini/*", "training/*.csv", "training/*.json"],
+        "pipelines": ["runners/*.json"],
+    },
     install_requires=[
         "apache-beam>=2.77",
         "filelock",

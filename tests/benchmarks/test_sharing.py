@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import tempfile
 
+import pytest
+
 from benchmarks import sharing
 
 
+@pytest.mark.engines
 def test_one_load_for_two_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -11,14 +11,22 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import apache_beam as beam
 import fsspec
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+from apache_beam.runners.dask.overrides import dask_overrides
 
+from pipelines.graph import SeparateManifest
+from pipelines.manifest import open_manifest
+from pipelines.options import Plan, Settings
+from pipelines.runners.dask import MOST_PARTITIONS
+from pipelines.runners.dask_runner import DaskRunner
 from tests.object_store import GcsStore, reached
 from tests.pipelines.conftest import RECORDINGS, assert_equals_local, run, tables, write_jsonl
 from tests.pipelines.processes import Run
@@ -146,6 +154,7 @@ def test_a_worker_killed_in_the_middle_of_its_shards(
     assert store.names() == stored
 
 
+@pytest.mark.engines
 def test_a_cluster_of_this_machine(
     small_manifest: Path, small_local: Path, random_bundle: str, tmp_path: Path
 ) -> None:
@@ -167,6 +176,19 @@ def test_a_cluster_of_this_machine(
     # As Dask's processes log it, not the command's.
     assert re.search(r" - pipelines\.models - INFO - model \w+ loaded on cpu", done.stderr)
     assert "distributed" not in done.stderr
+
+
+def test_every_shard_is_a_task(small_manifest: Path) -> None:
+    """However few slices the manifest has, or many."""
+    plan = Plan("out", 24, Settings(), bundle=None, bundle_digest="")
+    manifest = open_manifest(str(small_manifest))
+    for slices, tasks in ((1, 24), (7, 24), (50, 50)):
+        pipeline = beam.Pipeline(DaskRunner())
+        pipeline | SeparateManifest(replace(manifest, slices=manifest.slices * slices), plan)
+        pipeline.replace_all(dask_overrides())
+        visitor = DaskRunner.to_dask_bag_visitor({"npartitions": MOST_PARTITIONS})
+        pipeline.visit(visitor)
+        assert list(visitor.bags.values())[-1].npartitions == tasks
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
