@@ -66,6 +66,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.queries
 	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.sharing
 	$(BIN)/python -m benchmarks.memory
 
 # The banks are in Debian's csound-soundfont and fluidr3mono-gm-soundfont; rendering them needs tinysoundfont.

@@ -124,12 +124,9 @@ def test_a_failing_job_disturbs_no_other(threads: int, ahead: float) -> None:
     assert str(results["later block"].error) == "damaged"
     assert "unlucky" in str(results["model"].error)
     assert "NaN" in str(results["nan"].error)
-    assert [
-        (sink.stage, sink.aborted, sink.closed) for sink in BrokenSink.broken if sink.stage != "make"
-    ] == [
-        ("write", 1, 0),
-        ("close", 1, 0),
-    ]
+    # The encode threads of two jobs keep no order.
+    ended = [(sink.stage, sink.aborted, sink.closed) for sink in BrokenSink.broken if sink.stage != "make"]
+    assert sorted(ended) == [("close", 1, 0), ("write", 1, 0)]
     for i, job in enumerate(good):
         alone = stems(Engine(Content(), batch_windows=1), [job])[job.requests[0].key]
         np.testing.assert_allclose(results[f"good{i}"].value.stem, alone, rtol=0, atol=1e-6)
