@@ -167,6 +167,12 @@ def test_encodings_without_seeking_are_read_from_any_start(tmp_path, container, 
             list(recording.blocks())
 
 
+def test_an_encoding_that_soundfile_writes_and_cannot_read(tmp_path):
+    soundfile.write(tmp_path / "a.aiff", WAVEFORM, 16000, "DWVW_16")
+    with pytest.raises(AudioError, match="cannot be decoded from sample 0"):
+        read(Recording(str(tmp_path / "a.aiff")))
+
+
 @pytest.mark.parametrize("path", ["/proc/self/mem", "/proc/kmsg"])
 def test_files_of_the_kernel_are_not_waited_for(path):
     with pytest.raises(AudioError, match="holds no bytes"):

@@ -20,7 +20,7 @@ ENCODINGS = (
     ("WAVEX", "PCM_24", "wav"),
     *(("FLAC", encoding, "flac") for encoding in ("PCM_16", "PCM_24", "PCM_S8")),
     *(("OGG", "VORBIS", "ogg"), ("OGG", "OPUS", "opus"), ("MP3", "MPEG_LAYER_III", "mp3")),
-    *(("AIFF", encoding, "aiff") for encoding in ("PCM_16", "FLOAT", "IMA_ADPCM", "DWVW_16")),
+    *(("AIFF", encoding, "aiff") for encoding in ("PCM_16", "FLOAT", "IMA_ADPCM", "PCM_24")),
     *(("AU", encoding, "au") for encoding in ("PCM_16", "G723_24")),
     *(("W64", encoding, "w64") for encoding in ("PCM_16", "MS_ADPCM")),
     *(("CAF", encoding, "caf") for encoding in ("PCM_16", "ALAC_16", "FLOAT")),
