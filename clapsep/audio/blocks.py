@@ -7,7 +7,7 @@ import numpy as np
 from clapsep.retry import redact
 
 _BLOCK_VALUES = 1 << 18
-# Of what blocks become on their way.
+# Of a piece of what blocks become on their way: 4 MiB.
 PIECE_VALUES = 1 << 20
 
 

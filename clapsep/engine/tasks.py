@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 _ORDINARY_RATE_HZ = 48_000
 
 
-def forget_frames(error: BaseException | None) -> None:
+def forget_frames(error: BaseException) -> None:
     """Drop its tracebacks: their frames hold samples, and the task, which is to hold the error."""
-    if error is not None:
-        error.__traceback__ = None
-        for reason in {error.__cause__, error.__context__}:
+    error.__traceback__ = None
+    for reason in (error.__cause__, error.__context__):
+        if reason is not None and reason.__traceback__ is not None:
             forget_frames(reason)
 
 

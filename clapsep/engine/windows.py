@@ -35,7 +35,7 @@ class WindowCutter:
     """
 
     def __init__(self, framing: Framing, channels: int, source_rate: int) -> None:
-        most_channels = min(MOST_CHANNELS, MOST_SAMPLES_PER_SECOND // source_rate)
+        most_channels = min(MOST_CHANNELS, max(1, MOST_SAMPLES_PER_SECOND // source_rate))
         if channels > most_channels:
             raise AudioError(
                 f"has {channels} channels; at most {most_channels} of {source_rate} Hz are separated"
