@@ -13,10 +13,10 @@ from functools import lru_cache
 
 import torch
 
-from clapsep.audio import AudioError, Recording, Source, StreamResampler, encoding_of
+from clapsep.audio import AudioError, Recording, Source, encoding_of
 from clapsep.engine import Separator
 from clapsep.engine.tasks import check_fit
-from clapsep.engine.windows import Framing
+from clapsep.engine.windows import Framing, WindowCutter
 from clapsep.query import Query, QueryError
 from clapsep.retry import redact
 from pipelines.commits import read_shard
@@ -225,7 +225,7 @@ class _RecordingCheck:
             return found
         try:
             source = _open(_columns(accepted[0]))
-            StreamResampler(source.channels, source.sample_rate, self._framing.sample_rate)
+            WindowCutter(self._framing, source.channels, source.sample_rate)
         except Exception as error:
             # Remote file systems raise whatever their client library does.
             found.failed += [_failed(row, "decode", error) for row in accepted]

@@ -29,6 +29,7 @@ BAD = {
         {"id": "text", "mixture": "text.wav", "positive_text": "dog"},
         {"id": "past", "mixture": "room.wav", "positive_text": "dog", "start": 60},
         {"id": "unlike", "mixture": "room.wav", "target": "street.flac", "positive_text": "dog"},
+        {"id": "wide", "mixture": "wide.wav", "positive_text": "dog"},
         {"id": "half", "target": "dog.wav", "interference": "absent.wav", "positive_text": "dog"},
     ],
     ("encode", "AudioError"): [{"id": "many", "mixture": "many.wav", "positive_text": "dog"}],
@@ -43,6 +44,7 @@ BAD = {
 def manifest(audio):
     # Silent, so that the model has no work with it before it fails.
     soundfile.write(audio / "many.wav", np.zeros((16000, 12)), 16000, "FLOAT")
+    soundfile.write(audio / "wide.wav", np.zeros((800, 65)), 8000, "FLOAT")
     return write_jsonl(audio / "dry.jsonl", [*GOOD, *(row for rows in BAD.values() for row in rows)])
 
 
@@ -84,7 +86,7 @@ def test_it_foretells_the_run_and_writes_nothing(manifest, audio, random_bundle,
     for (stage, kind), rows in BAD.items():
         assert f"{len(rows)} x {stage}/{kind}:" in text
     assert "(absent): " in text
-    assert "and 2 more" in text
+    assert "and 3 more" in text
 
     work.update(encode=0, decode=0)
     assert run(manifest, output, random_bundle, *flags) == 0
