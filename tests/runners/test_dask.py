@@ -22,8 +22,8 @@ import soundfile
 import torch
 from apache_beam.runners.dask.overrides import dask_overrides
 
+from clapsep.manifest import open_manifest
 from pipelines.graph import SeparateManifest
-from pipelines.manifest import open_manifest
 from pipelines.options import Plan, Settings
 from pipelines.runners.dask import MOST_PARTITIONS
 from pipelines.runners.dask_runner import DaskRunner
