@@ -260,7 +260,10 @@ def pack(
             f"{init['uri']}: is not what the run began with any more; bring {init['digest']} back"
         )
     adapt(start.model, settings["lora_rank"])
-    start.model.load_state_dict(weights(checkpoint))
+    # All else is what it was; averaging has rounded the checkpoint's copy of it.
+    trained = weights(checkpoint)
+    trained = {key: trained[key] for key in published_tensors(start.model) if key in trained}
+    start.model.load_state_dict({**start.model.state_dict(), **trained})
     file_b = published_tensors(start.model)
     encoder = {
         key: value for key, value in start.model.state_dict().items() if key.startswith("audio_branch.")

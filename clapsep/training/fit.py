@@ -238,7 +238,14 @@ def run(
         callbacks=[
             *averaging,
             Curves(folder),
-            ModelCheckpoint(folder, Path(BEST).stem, "si_sdri", mode="max", enable_version_counter=False),
+            ModelCheckpoint(
+                folder,
+                Path(BEST).stem,
+                "si_sdri",
+                mode="max",
+                save_on_train_epoch_end=False,
+                enable_version_counter=False,
+            ),
             ModelCheckpoint(
                 folder, Path(LAST).stem, save_on_train_epoch_end=True, enable_version_counter=False
             ),

@@ -285,8 +285,11 @@ def test_texts_are_spread_before_audio_is_heard():
     assert closeness() < 0.5
 
 
-def test_a_whole_tiny_run(folder, work, prepared, tmp_path, capsys):
+def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
+    from clapsep.training import default
     from clapsep.training.__main__ import main
+
+    monkeypatch.setattr(default, "VALIDATION_MIXTURES", 6)
 
     common = ["--work", str(work)]
     main([*common, "pretrain", "--steps", "2", "--batch", "3", "--processes", "1"])
