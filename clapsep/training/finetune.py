@@ -164,8 +164,8 @@ def fit(
     """
     find_device(device)
     lightning.seed_everything(seed, verbose=False)
-    start = load_start(init, tokenizer, keep_separator=keep_separator, seed=seed, config=config)
     (training, digest), (held_out, held_out_digest) = read_rows(manifest), read_rows(validation)
+    start = load_start(init, tokenizer, keep_separator=keep_separator, seed=seed, config=config)
     precision = precision or ("fp32" if device == "cpu" else "bf16")
     per_step = batch * devices
     epoch_steps = epoch_steps or -(-len(clean_recordings(training)) // per_step)
