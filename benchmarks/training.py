@@ -1,8 +1,8 @@
 """A training step: mixtures per second, and its share of what the machine's matrix products reach.
 
 Of fine-tuning as published (LoRA, forward and backward pass, gradient clip, AdamW) on noise, without reading
-recordings and without the query towers. The peak is measured in the same process, on square matrices in the
-same precision. Run as `python -m benchmarks.training`; the same command measures a GPU with `--device cuda`.
+recordings and without the query towers. The peak is that of square matrices in the same precision, measured
+in turn with the steps. Operations are those of products, convolutions and attention. Run as `python -m benchmarks.training`; the same command measures a GPU with `--device cuda`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,19 @@ MATRIX = {"cpu": 2048, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one size and batch: seconds of a step (median), and the floating-point operations it takes."""
+    """Of one size and batch.
+
+    Attributes:
+        size: name of the model's size.
+        batch: mixtures per step.
+        operations: floating-point operations of a step.
+        rounds: (operations per second of the step, of the product of matrices) of every round.
+    """
 
     size: str
     batch: int
-    seconds: float
     operations: int
+    rounds: tuple[tuple[float, float], ...]
 
 
 class Step:
@@ -65,20 +72,21 @@ class Step:
         self.optimizer.step()
 
 
-def measure(config: ModelConfig, batch: int, rounds: int, device: torch.device, bf16: bool) -> Measurement:
-    """Time `rounds` steps after one that is not counted; the operations are counted in that one."""
+def measure(
+    config: ModelConfig, batch: int, rounds: int, device: torch.device, bf16: bool, side: int
+) -> Measurement:
+    """Time `rounds` steps after one that is not counted, each beside a product of (side, side) matrices."""
     step = Step(config, batch, device, bf16)
+    left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     with FlopCounterMode(display=False) as counter:
         step()
-    seconds = statistics.median(timed(step, device) for _ in range(rounds))
-    return Measurement(config.name, batch, seconds, counter.get_total_flops())
-
-
-def matrix_peak(side: int, rounds: int, device: torch.device, bf16: bool) -> float:
-    """Operations per second of a product of two (side, side) matrices; the best of `rounds`."""
-    left, right = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    operations = counter.get_total_flops()
     torch.mm(left, right)
-    return 2 * side**3 / min(timed(lambda: torch.mm(left, right), device) for _ in range(rounds))
+    rates = [
+        (operations / timed(step, device), 2 * side**3 / timed(lambda: torch.mm(left, right), device))
+        for _ in range(rounds)
+    ]
+    return Measurement(config.name, batch, operations, tuple(rates))
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -91,14 +99,17 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def table(found: list[Measurement], peak: float) -> str:
-    """One line per size and batch."""
-    lines = [f"{'model':<8}{'batch':>6}{'mixtures/s':>12}{'TFLOP/step':>12}{'TFLOP/s':>10}{'of peak':>9}"]
+def table(found: list[Measurement]) -> str:
+    """One line per size and batch, of medians."""
+    lines = [
+        f"{'model':<8}{'batch':>6}{'mixtures/s':>12}{'TFLOP/step':>12}{'TFLOP/s':>10}{'peak':>8}{'of peak':>9}"
+    ]
     for each in found:
-        rate = each.operations / each.seconds
+        rate, peak = (statistics.median(side) for side in zip(*each.rounds, strict=True))
+        share = statistics.median(ours / most for ours, most in each.rounds)
         lines.append(
-            f"{each.size:<8}{each.batch:>6}{each.batch / each.seconds:>12.2f}{each.operations / 1e12:>12.3f}"
-            f"{rate / 1e12:>10.3f}{rate / peak:>9.0%}"
+            f"{each.size:<8}{each.batch:>6}{each.batch * rate / each.operations:>12.2f}"
+            f"{each.operations / 1e12:>12.3f}{rate / 1e12:>10.3f}{peak / 1e12:>8.3f}{share:>9.0%}"
         )
     return "\n".join(lines)
 
@@ -117,20 +128,17 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = find_device(options.device)
     bf16 = (options.precision or ("bf16" if device.type == "cuda" else "fp32")) == "bf16"
-    peak = matrix_peak(options.matrix or MATRIX[device.type], options.rounds, device, bf16)
+    side = options.matrix or MATRIX[device.type]
     found = [
-        measure(SIZES[size], batch, options.rounds, device, bf16)
+        measure(SIZES[size], batch, options.rounds, device, bf16, side)
         for size in options.size or SIZES
         for batch in options.batch or BATCHES[size]
     ]
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
-    print(
-        f"training step, {device}, {name}, {'bf16 autocast' if bf16 else 'float32'}, {options.rounds} rounds; "
-        f"matrix peak {peak / 1e12:.3f} TFLOP/s"
-    )
-    print(table(found, peak))
+    threads = f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else threads
+    precision = "bf16 autocast" if bf16 else "float32"
+    print(f"training step, {device}, {name}, {precision}, {options.rounds} rounds")
+    print(table(found))
 
 
 if __name__ == "__main__":

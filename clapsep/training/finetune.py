@@ -16,6 +16,7 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -206,7 +207,7 @@ def fit(
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS).write_text(_json(settings))
-    print(
+    rank_zero_only(print)(
         f"{len(data.recordings)} clean recordings, {len(data.held_out)} mixtures for validation; "
         f"{epochs} x {epoch_steps} steps of {per_step} mixtures",
         flush=True,

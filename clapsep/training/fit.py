@@ -132,8 +132,9 @@ class SeparatorTraining(lightning.LightningModule):
             if sums[1, index]
         }
         self.label_counts = {label: int(sums[1, self.labels.index(label)]) for label in self.by_label}
-        self.log("si_sdri", total / count)
-        self.log("below_0", below / count)
+        # The same on every process already; Lightning wants to hear that it may reduce it.
+        self.log("si_sdri", total / count, sync_dist=True)
+        self.log("below_0", below / count, sync_dist=True)
         if self.cycle_steps is None:
             self.lr_schedulers().step(total / count)
 
