@@ -2,7 +2,8 @@
 
 Of fine-tuning as published (LoRA, forward and backward pass, gradient clip, AdamW) on noise, without reading
 recordings and without the query towers. The peak is that of square matrices in the same precision, measured
-in turn with the steps. Operations are those of products, convolutions and attention. Run as `python -m benchmarks.training`; the same command measures a GPU with `--device cuda`.
+in turn with the steps. Operations are those of products, convolutions and attention. Run as
+`python -m benchmarks.training`; the same command measures a GPU with `--device cuda`.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def timed(call: Callable[[], object], device: torch.device) -> float:
 def table(found: list[Measurement]) -> str:
     """One line per size and batch, of medians."""
     lines = [
-        f"{'model':<8}{'batch':>6}{'mixtures/s':>12}{'TFLOP/step':>12}{'TFLOP/s':>10}{'peak':>8}{'of peak':>9}"
+        f"{'model':<8}{'batch':>6}{'mixtures/s':>12}{'TFLOP/step':>12}"
+        f"{'TFLOP/s':>10}{'peak':>8}{'of peak':>9}"
     ]
     for each in found:
         rate, peak = (statistics.median(side) for side in zip(*each.rounds, strict=True))

@@ -31,6 +31,9 @@ BEST = "best.ckpt"
 MASK_LOSS_SCALE = 10.0
 """Brings the cross-entropy of a mask (about 0.6) to the size of a loss in dB."""
 
+EMA_START = 200
+"""Steps before averaging begins, or half of the way to the first validation."""
+
 GRADIENT_CLIP = 5.0
 PLATEAU_FACTOR = 0.3
 PLATEAU_PATIENCE = 5
@@ -175,7 +178,7 @@ class Data(lightning.LightningDataModule):
     def __init__(self, steps: int, steps_per_validation: int, workers: int = 0) -> None:
         super().__init__()
         self.steps = steps
-        self.steps_per_validation = steps_per_validation
+        self.steps_per_validation = min(steps_per_validation, steps)
         self.workers = workers
         self._held_out: Sequence[Batch] | Dataset | None = None
 
@@ -226,7 +229,8 @@ def run(
     """
     averaging = []
     if ema is not None:
-        averaging = [EMAWeightAveraging(decay=ema, update_starting_at_step=min(200, data.steps // 2))]
+        first = min(EMA_START, data.steps_per_validation // 2)
+        averaging = [EMAWeightAveraging(decay=ema, update_starting_at_step=first)]
     trainer = make_trainer(
         folder,
         data.steps,
