@@ -189,6 +189,15 @@ class TestRuns:
         for name in ("last.ckpt", "best.ckpt"):
             ours, theirs = weights(tmp_path / name), weights(undisturbed / name)
             assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+        ours, theirs = (
+            torch.load(out / "last.ckpt", weights_only=False)["lr_schedulers"]
+            for out in (tmp_path, undisturbed)
+        )
+        assert ours == theirs
+        assert ours[0]["last_epoch"] == 3
+        assert ours[0]["best"] == pytest.approx(
+            max(value for _, name, value in curves.read(tmp_path) if name == "si_sdri"), abs=1e-5
+        )
 
     def test_curves_are_drawn(self, undisturbed):
         assert (undisturbed / curves.PICTURE).read_bytes().startswith(b"\x89PNG")
