@@ -103,6 +103,7 @@ def _add_fit(fit: argparse.ArgumentParser) -> None:
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
+    from clapsep.audio import AudioError
     from clapsep.bundle import BundleError
     from clapsep.convert import ConvertError
     from clapsep.device import DeviceError
@@ -112,6 +113,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from clapsep.training.recordings import TrainingDataError
 
     return (
+        AudioError,
         BundleError,
         ConvertError,
         DeviceError,

@@ -206,7 +206,7 @@ def fit(
         decode=not resumed,
     )
     out.mkdir(parents=True, exist_ok=True)
-    (out / SETTINGS).write_text(_json(settings))
+    rank_zero_only((out / SETTINGS).write_text)(_json(settings))
     rank_zero_only(print)(
         f"{len(data.recordings)} clean recordings, {len(data.held_out)} mixtures for validation; "
         f"{epochs} x {epoch_steps} steps of {per_step} mixtures",

@@ -200,7 +200,7 @@ class ManifestData(Data):
         self.queries, self.mixing = queries, mixing
         self.recordings = measured(clean_recordings(training), decode=decode)
         self.held_out = _measured_rows(_paired(validation, mixing.seed), decode)
-        check_texts(queries, [*self.recordings, *(row.target for row in validation)])
+        check_texts(queries, [*self.recordings, *(side for row in self.held_out for side in _sides(row))])
         check_partners(self.recordings)
         self.conditions = queries.conditions([_query_of(row) for row in self.held_out]).cpu()
         named = [row.target.texts[0] for row in self.held_out]
@@ -338,6 +338,10 @@ def _measured_rows(rows: Sequence[TrainingRow], decode: bool) -> list[TrainingRo
         TrainingRow(row.place, target, other, row.mixture, row.negative_texts, row.negative_audio, row.snr_db)
         for row, target, other in zip(rows, found[::2], found[1::2], strict=True)
     ]
+
+
+def _sides(row: TrainingRow) -> tuple[Clean, Clean]:
+    return row.target, Clean(row.place, "interference", "", row.negative_texts)
 
 
 def _query_of(row: TrainingRow) -> Query:

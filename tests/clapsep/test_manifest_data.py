@@ -246,6 +246,10 @@ class TestRefusals:
         ]
         with pytest.raises(TrainingDataError, match=r"row 1: positive_text: .*at most 8(.|\n)*row 2.*zebras"):
             data(write_manifest(tmp_path / "m.jsonl", rows), manifest, start)
+        drums = {"target": str(AUDIO / "drums.flac"), "positive_text": "drums", "negative_text": "zebras"}
+        listed = write_manifest(tmp_path / "v.jsonl", [drums | {"interference": str(AUDIO / "birds.flac")}])
+        with pytest.raises(TrainingDataError, match=r"v.jsonl row 1: negative_text: .*zebras"):
+            data(manifest, listed, start)
 
     def test_a_recording_that_nothing_can_be_mixed_with_is_named(self, tmp_path, manifest, start):
         rows = [
