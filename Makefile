@@ -38,7 +38,7 @@ prism: $(READY)  ## Beam's portable runner and its container's entry point, at t
 	test -x $$GOBIN/prism || go install github.com/apache/beam/sdks/v2/go/cmd/prism@v$$version; \
 	test -x $$GOBIN/container || go install github.com/apache/beam/sdks/v2/python/container@v$$version
 
-fuzz: $(READY)  ## 10 000 hostile rows and files: about ten minutes.
+fuzz: $(READY)  ## 10 000 hostile rows and files: about three minutes.
 	$(BIN)/python -m tests.fuzz.run
 
 run-local: $(READY)

@@ -60,7 +60,7 @@ def clip(sample_rate: int, seconds: float) -> np.ndarray:
     with Recording(CLIP) as recording:
         resampler = StreamResampler(1, recording.sample_rate, sample_rate)
         mono = np.concatenate([block.mean(axis=1, keepdims=True) for block, _ in recording.blocks()])
-        samples = np.concatenate([resampler.process(mono), resampler.finish()])
+        samples = np.concatenate([*resampler.process(mono), resampler.finish()])
     frames = round(seconds * sample_rate)
     times = -(-frames // len(samples))
     # Levels differ, or the engine would know the windows again.

@@ -140,5 +140,5 @@ class Mixture:
             resampler = StreamResampler(channels, recording.sample_rate, self.sample_rate)
             for block, _ in recording.blocks():
                 fitting = block if recording.channels == self.channels else block.mean(axis=1, keepdims=True)
-                yield resampler.process(fitting)
+                yield from resampler.process(fitting)
             yield resampler.finish()

@@ -233,7 +233,8 @@ def _mono(uri: str, sample_rate: int) -> Iterator[np.ndarray]:
     with Recording(uri) as recording:
         resampler = StreamResampler(1, recording.sample_rate, sample_rate)
         for mixture, _ in recording.blocks():
-            yield resampler.process(mixture.mean(axis=1, keepdims=True))[:, 0]
+            for piece in resampler.process(mixture.mean(axis=1, keepdims=True)):
+                yield piece[:, 0]
         yield resampler.finish()[:, 0]
 
 

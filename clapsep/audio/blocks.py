@@ -7,6 +7,8 @@ import numpy as np
 from clapsep.retry import redact
 
 _BLOCK_VALUES = 1 << 18
+# Of a piece of what blocks become on their way: 4 MiB.
+PIECE_VALUES = 1 << 20
 
 
 class AudioError(Exception):

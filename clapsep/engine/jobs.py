@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from clapsep.audio import Source
+
+# Stems that are joined side by side: a window of each is in memory, and its files are open.
+MOST_REQUESTS = 32
 
 
 class WindowModel(Protocol):
@@ -58,13 +61,18 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One recording, decoded and encoded once, and the stems asked of it.
+    """One recording, and the stems asked of it: decoded and encoded once for every `MOST_REQUESTS` of them.
 
     `source` is called in a decode thread.
     """
 
     source: Callable[[], Source]
     requests: tuple[Request, ...]
+
+    def parts(self) -> Iterator[Job]:
+        """Yield jobs of at most `MOST_REQUESTS` requests that make up this one."""
+        for first in range(0, len(self.requests), MOST_REQUESTS):
+            yield Job(self.source, self.requests[first : first + MOST_REQUESTS])
 
 
 @dataclass(frozen=True)

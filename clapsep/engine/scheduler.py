@@ -7,25 +7,22 @@ the settings alone, never on timing, so that the same run gives the same bytes.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import numpy as np
 
 from clapsep.audio import AudioError
-from clapsep.engine.batches import (
-    Batcher,
-    BatchSize,
-    SeparateWindows,
-    Window,
-    fingerprint,
-    separate_windows,
-)
+from clapsep.engine.batches import Batcher, BatchSize, SeparateWindows, Window, separate_windows
 from clapsep.engine.jobs import Job, Result, Stats, WindowModel
-from clapsep.engine.tasks import Output, Targets, Task
+from clapsep.engine.tasks import Output, Targets, Task, forget_frames
 from clapsep.engine.windows import Framing, WindowCutter
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -39,8 +36,8 @@ class Engine:
         decode_threads: threads ahead of the model; windows of as many jobs take turns in the batches.
         encode_threads: threads behind the model.
         ahead_seconds: most seconds of audio, times channels, between decoder and sink, or those of two
-            batches where that is more. Half of a second is its mixture, and each stem is a half. It bounds
-            memory.
+            batches where that is more. Half of a second is its mixture, and each stem is a half; at more than
+            48 kHz it counts in proportion more. It bounds memory.
         repeat_bytes: stems kept in case their window comes again in the same run, bytes.
         separate_windows: has the model separate one batch; for a model in another process.
 
@@ -112,7 +109,7 @@ class _Scheduler:
         self.batcher = Batcher(
             engine.model, engine.separate_windows, engine.batch_size, engine.repeat_bytes, stats
         )
-        self.jobs = iter(jobs)
+        self.jobs = (part for job in jobs for part in job.parts())
         self.jobs_lock = threading.Lock()
         self.jobs_error: Exception | None = None
         self.changed = threading.Condition()
@@ -215,13 +212,12 @@ class _Scheduler:
 
     def decode(self) -> None:
         while (task := self.next_task()) is not None:
-            error = None
             try:
                 self.decode_task(task)
-            except Exception as raised:
-                error = raised
+            except Exception as error:
+                task.decode_error = error
             with self.changed:
-                task.decoded, task.decode_error = True, error
+                task.decoded = True
                 self.encode_soon(task)
                 self.changed.notify_all()
 
@@ -262,28 +258,22 @@ class _Scheduler:
 
     def admit(self, task: Task, mixture: np.ndarray, valid: int) -> None:
         framing = self.engine.framing
-        # A half for the mixture and a half for each stem.
-        seconds = len(mixture) * framing.hop / framing.sample_rate * (1 + len(task.outputs)) / 2
-        two_batches = 2 * self.engine.batch_size.windows * seconds / len(mixture)
-        window = Window(
-            task,
-            task.queries,
-            mixture,
-            valid,
-            seconds,
-            tuple(fingerprint(channel) if channel.any() else None for channel in mixture),
+        window = task.window(mixture, valid, framing)
+        two_batches = (
+            self.engine.batch_size.windows * framing.hop / framing.sample_rate * (1 + len(task.outputs))
         )
+        most = max(self.engine.ahead_seconds, two_batches)
 
         def may_enter() -> bool:
             if self.stopped or not task.is_wanted:
                 raise _AbandonedError
             # The model may be waiting for this very task while nothing behind it is left to make room.
             is_awaited = task in self.turns and not task.ready and self.behind == 0
-            return is_awaited or self.ahead + seconds <= max(self.engine.ahead_seconds, two_batches)
+            return is_awaited or self.ahead + window.seconds <= most
 
         with self.changed:
             self.changed.wait_for(may_enter)
-            self.ahead += seconds
+            self.ahead += window.seconds
             task.unencoded += 1
             task.ready.append(window)
             self.changed.notify_all()
@@ -343,8 +333,8 @@ class _Scheduler:
                 except Exception as error:
                     self.fail_one(task, output, error, "encode")
 
-    def deliver(self, task: Task, stems: np.ndarray) -> None:
-        for mixture, targets, by_output in task.take(stems):
+    def deliver(self, task: Task, stems: Iterator[np.ndarray]) -> None:
+        for mixture, targets, by_output in chain.from_iterable(map(task.take, stems)):
             for output, target, stem in zip(task.outputs, targets, by_output, strict=True):
                 if output.failure is not None:
                     continue
@@ -388,6 +378,8 @@ class _Scheduler:
     # Any thread, with the lock.
 
     def fail(self, task: Task, outputs: Iterable[Output], error: Exception, stage: str) -> None:
+        logger.debug("%s: %s failed", task.outputs[0].request.key, stage, exc_info=error)
+        forget_frames(error)
         for output in outputs:
             if output.failure is None and not output.settled:
                 output.failure = Result(output.request.key, None, error, stage)

@@ -16,6 +16,16 @@ from clapsep.engine.windows import Framing, StemJoiner
 
 logger = logging.getLogger(__name__)
 
+_ORDINARY_RATE_HZ = 48_000
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop its tracebacks: their frames hold samples, and the task, which is to hold the error."""
+    error.__traceback__ = None
+    for reason in (error.__cause__, error.__context__):
+        if reason is not None and reason.__traceback__ is not None:
+            forget_frames(reason)
+
 
 class Output:
     """One request of a task; its sink belongs to the encode thread, the rest is guarded by the run's lock."""
@@ -72,15 +82,24 @@ class Task:
         """Whether no window of it is to come or on its way any more."""
         return self.decoded and self.unencoded == 0 and (self.decode_error is None or not self.is_wanted)
 
+    def window(self, mixture: np.ndarray, valid: int, framing: Framing) -> Window:
+        """The next window: `mixture` (channels, window), `valid` samples of it signal."""
+        # A half for the mixture and a half for each stem.
+        seconds = len(mixture) * framing.hop / framing.sample_rate * (1 + len(self.outputs)) / 2
+        # What was decoded waits for its stems at the source's rate.
+        seconds *= max(1.0, self.source.sample_rate / _ORDINARY_RATE_HZ)
+        fingerprints = tuple(fingerprint(channel) if channel.any() else None for channel in mixture)
+        return Window(self, self.queries, mixture, valid, seconds, fingerprints)
+
     def open_joiner(self, framing: Framing) -> None:
         """Get ready to join windows; the stems of all outputs are resampled side by side."""
         channels = self.source.channels * len(self.outputs)
         self.joiner = StemJoiner(framing, channels, self.source.sample_rate, self.source.frames)
 
-    def join(self, window: Window) -> np.ndarray:
-        """The next samples (n, outputs * channels) of the stems."""
+    def join(self, window: Window) -> Iterator[np.ndarray]:
+        """The next samples (n, outputs * channels) of the stems, in pieces."""
         stems = window.stems.reshape(-1, window.stems.shape[-1])
-        return self.joiner.add(stems, window.valid)
+        yield from self.joiner.add(stems, window.valid)
 
     def take(self, stems: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray | None], np.ndarray]]:
         """Cut stems (n, outputs * channels) into blocks: mixture, targets and stems by output."""

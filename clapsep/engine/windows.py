@@ -9,11 +9,11 @@ from typing import NamedTuple
 import numpy as np
 
 from clapsep.audio import AudioError, StreamResampler
+from clapsep.audio.blocks import PIECE_VALUES
 
-# A window of all channels is in memory several times over.
+# A window of all channels is in memory several times over, and once as it was decoded.
 MOST_CHANNELS = 64
-# A header may turn an hour into years. Models of 32 kHz hear from 50 Hz on, which takes a rate of 100 Hz.
-MOST_MODEL_SAMPLES = 320
+MOST_SAMPLES_PER_SECOND = MOST_CHANNELS * 192_000
 
 
 class Framing(NamedTuple):
@@ -30,39 +30,46 @@ class WindowCutter:
     The windows are a hop apart and cover the recording; the last one is padded with zeros. A recording of any
     length has at least one. Each comes with the number of its samples that are signal.
 
-    Raises AudioError for more than `MOST_CHANNELS` channels, and for a rate so low that one sample would
-    become more than `MOST_MODEL_SAMPLES`.
+    Raises AudioError for more than `MOST_CHANNELS` channels, fewer at rates beyond 192 kHz, and for a rate so
+    low that `StreamResampler` does.
     """
 
     def __init__(self, framing: Framing, channels: int, source_rate: int) -> None:
-        if channels > MOST_CHANNELS:
-            raise AudioError(f"has {channels} channels; at most {MOST_CHANNELS} are separated")
-        if source_rate * MOST_MODEL_SAMPLES < framing.sample_rate:
-            lowest = math.ceil(framing.sample_rate / MOST_MODEL_SAMPLES)
-            raise AudioError(f"has {source_rate} Hz; recordings of {lowest} Hz and more are separated")
+        most_channels = min(MOST_CHANNELS, max(1, MOST_SAMPLES_PER_SECOND // source_rate))
+        if channels > most_channels:
+            raise AudioError(
+                f"has {channels} channels; at most {most_channels} of {source_rate} Hz are separated"
+            )
         self._framing = framing
         self._resampler = StreamResampler(channels, source_rate, framing.sample_rate)
-        self._held = np.zeros((0, channels), np.float32)
+        self._window = np.empty((channels, framing.window), np.float32)
+        self._filled = 0
         self._covered = -1
 
     def push(self, block: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Yield the windows that `block` completes."""
-        yield from self._cut(self._resampler.process(block))
+        """Yield the windows that `block` completes. To be iterated to its end."""
+        for piece in self._resampler.process(block):
+            yield from self._cut(piece)
 
     def finish(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yield the remaining windows."""
         yield from self._cut(self._resampler.finish())
-        valid = len(self._held)
-        if valid > self._covered:
-            yield np.pad(self._held.T, ((0, 0), (0, self._framing.window - valid))), valid
+        if self._filled > self._covered:
+            self._window[:, self._filled :] = 0
+            yield self._window, self._filled
 
     def _cut(self, block: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         _, window, hop = self._framing
-        self._held = np.concatenate([self._held, block])
-        while len(self._held) >= window:
-            yield np.ascontiguousarray(self._held[:window].T), window
-            self._held = self._held[hop:]
-            self._covered = window - hop
+        while len(block) > 0:
+            fitting, block = np.split(block, [window - self._filled])
+            end = self._filled + len(fitting)
+            self._window[:, self._filled : end] = fitting.T
+            self._filled = end
+            if self._filled == window:
+                full, self._window = self._window, np.empty_like(self._window)
+                self._filled = self._covered = window - hop
+                self._window[:, : self._filled] = full[:, hop:]
+                yield full, window
 
 
 class OverlapAdd:
@@ -82,23 +89,30 @@ class OverlapAdd:
         self._weights = np.zeros(window, np.float32)
         self._remaining = 0
 
-    def add(self, stem: np.ndarray, valid: int) -> np.ndarray:
-        """Add the next window, `valid` samples of it signal, and return what no later one reaches."""
-        self._sum += stem * self._weight
+    def add(self, stem: np.ndarray, valid: int) -> Iterator[np.ndarray]:
+        """Add the next window, `valid` samples of it signal, and yield what no later one reaches.
+
+        In pieces; to be iterated to its end.
+        """
+        # Channel by channel: of many, all at once would be in memory once more.
+        for total, channel in zip(self._sum, stem, strict=True):
+            total += channel * self._weight
         self._weights += self._weight
-        final = self._emit(min(self._hop, valid))
-        for buffer in (self._sum, self._weights):
-            buffer[..., : -self._hop] = buffer[..., self._hop :]
-            buffer[..., -self._hop :] = 0
+        yield from self._emit(min(self._hop, valid))
+        for buffer in (*self._sum, self._weights):
+            buffer[: -self._hop] = buffer[self._hop :]
+            buffer[-self._hop :] = 0
         self._remaining = max(0, valid - self._hop)
-        return final
 
-    def finish(self) -> np.ndarray:
-        """Return what the last window left."""
-        return self._emit(self._remaining)
+    def finish(self) -> Iterator[np.ndarray]:
+        """Yield what the last window left."""
+        yield from self._emit(self._remaining)
 
-    def _emit(self, count: int) -> np.ndarray:
-        return (self._sum[:, :count] / self._weights[:count]).T
+    def _emit(self, count: int) -> Iterator[np.ndarray]:
+        step = max(1, PIECE_VALUES // len(self._sum))
+        for first in range(0, count, step):
+            piece = slice(first, min(first + step, count))
+            yield (self._sum[:, piece] / self._weights[piece]).T
 
 
 class StemJoiner:
@@ -112,22 +126,29 @@ class StemJoiner:
         # Rounding to a whole sample at the model's rate, seen at the source's, and rounding there.
         self._tolerance = math.ceil(source_rate / framing.sample_rate) + 1
 
-    def add(self, stem: np.ndarray, valid: int) -> np.ndarray:
-        """Take the next window (channels, window), `valid` samples of it signal; return what is ready."""
-        return self._cut(self._resampler.process(self._overlap_add.add(stem, valid)))
+    def add(self, stem: np.ndarray, valid: int) -> Iterator[np.ndarray]:
+        """Take the next window (channels, window), `valid` samples of it signal; yield what is ready.
 
-    def finish(self) -> np.ndarray:
-        """Return the rest.
+        In pieces; to be iterated to its end.
+        """
+        yield from self._resampled(self._overlap_add.add(stem, valid))
+
+    def finish(self) -> Iterator[np.ndarray]:
+        """Yield the rest.
 
         Raises RuntimeError if the length is off by more than the rounding of the resamplers.
         """
-        rest = self._cut(
-            np.concatenate([self._resampler.process(self._overlap_add.finish()), self._resampler.finish()])
-        )
+        yield from self._resampled(self._overlap_add.finish())
+        yield self._cut(self._resampler.finish())
         missing = self._frames - self._returned
         if missing > self._tolerance:
             raise RuntimeError(f"the stem lacks {missing} of {self._frames} samples")
-        return np.pad(rest, ((0, missing), (0, 0)))
+        yield np.zeros((missing, self._channels), np.float32)
+
+    def _resampled(self, joined: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+        for block in joined:
+            for piece in self._resampler.process(block):
+                yield self._cut(piece)
 
     def _cut(self, block: np.ndarray) -> np.ndarray:
         surplus = self._returned + len(block) - self._frames

@@ -39,6 +39,7 @@ def prepare(options: PipelineOptions, given: argparse.Namespace) -> None:
     flags = options.view_as(DaskOptions)
     if flags.npartitions is None and flags.partition_size is None:
         flags.npartitions = MOST_PARTITIONS
+    flags.timeout = flags.timeout or CONNECT_SECONDS
     flags.address = _read_scheduler_file(flags) or flags.address or dask.config.get("scheduler-address", None)
     if flags.address is None:
         _share_memory(given)
@@ -81,7 +82,6 @@ def _share_memory(given: argparse.Namespace) -> None:
 def _check_cluster(flags: PipelineOptions, given: argparse.Namespace) -> None:
     from distributed import Client
 
-    flags.timeout = flags.timeout or CONNECT_SECONDS
     try:
         # A Dask client that cannot connect leaves threads behind that delay the end of the process.
         server = asyncio.run(_identify(flags.address, flags.timeout))

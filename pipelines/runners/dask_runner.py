@@ -7,6 +7,7 @@ for its end, nor close its client, and the cluster that it starts is not made fo
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -43,6 +44,8 @@ class DaskRunner(dask_runner.DaskRunner):
                 given.address = opened.enter_context(local_cluster()).scheduler_address
                 # It complains of processes that take their time to end.
                 opened.callback(logging.getLogger("distributed.nanny").setLevel, logging.ERROR)
+            with distributed.Client(given.address, timeout=given.timeout, set_as_default=False) as client:
+                client.register_plugin(_profiler_off())
             running = super().run_pipeline(pipeline, options)
             opened.enter_context(running.client)
             try:
@@ -72,6 +75,27 @@ def _wait(running: dask_runner.DaskRunnerResult) -> None:
         except distributed.TimeoutError:
             if not running.client.scheduler_info(n_workers=0)["n_workers"]:
                 logger.warning("the cluster has no workers; the run goes on when there are any")
+
+
+def _profiler_off() -> distributed.WorkerPlugin:
+    """For workers that are there and those to come; it stays, since another run may need it.
+
+    Python 3.11 may stop for ever where Dask's profiler looks at its threads while it collects garbage
+    (python/cpython#106883): the worker would neither go on nor be taken for lost.
+    """
+
+    # Made here it is sent whole, and other users' workers, without this package, can have it, too.
+    class ProfilerOff(distributed.WorkerPlugin):
+        name = "clapsep-profiler-off"
+        idempotent = True
+
+        def setup(self, worker: distributed.Worker) -> None:
+            if sys.version_info[:2] == (3, 11) and (
+                profiler := worker.periodic_callbacks.pop("profile", None)
+            ):
+                profiler.stop()
+
+    return ProfilerOff()
 
 
 def local_processes() -> tuple[int, int]:

@@ -138,8 +138,12 @@ def test_cross_fade_weights_sum_to_one_and_change_steadily(window: int, hop: int
     weights = np.zeros((windows, total))
     for chosen in range(windows):
         joiner = OverlapAdd(1, window, hop)
-        parts = [joiner.add(np.full((1, window), float(i == chosen)), window) for i in range(windows)]
-        weights[chosen] = np.concatenate([*parts, joiner.finish()])[:, 0]
+        parts = [
+            piece
+            for i in range(windows)
+            for piece in joiner.add(np.full((1, window), float(i == chosen)), window)
+        ]
+        weights[chosen] = np.concatenate([*parts, *joiner.finish()])[:, 0]
     np.testing.assert_allclose(weights.sum(axis=0), 1, rtol=0, atol=1e-6)
     assert weights.min() >= 0
     for i in range(windows):

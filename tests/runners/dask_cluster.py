@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 PATIENCE_S = 120
+MEMORY_GB = 4
 # Sums depend on the number of threads of torch.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DASK_LOGGING__PIPELINES": "debug"}
 # Otherwise they import it at the first task, and answer nobody meanwhile.
@@ -109,7 +110,7 @@ class Cluster:
     ) -> Worker:
         """A further worker, which has yet to register."""
         arguments = [self.address, "--no-nanny", "--name", name, "--nthreads", str(threads)]
-        arguments += ["--memory-limit", "4GB", "--local-directory", str(self._folder / name)]
+        arguments += ["--memory-limit", f"{MEMORY_GB}GB", "--local-directory", str(self._folder / name)]
         arguments += _PRELOAD if preload else ()
         process = self._start("worker", arguments, name, environment)
         self.workers.append(Worker(process, self._folder / f"{name}.log"))

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import apache_beam as beam
+import distributed
 import fsspec
 import pyarrow.parquet as pq
 import pytest
@@ -23,15 +24,16 @@ import torch
 from apache_beam.runners.dask.overrides import dask_overrides
 
 from clapsep.manifest import open_manifest
+from pipelines import options
 from pipelines.graph import SeparateManifest
 from pipelines.options import Plan, Settings
-from pipelines.runners.dask import MOST_PARTITIONS
+from pipelines.runners import dask
 from pipelines.runners.dask_runner import DaskRunner
 from tests.object_store import GcsStore, reached
 from tests.pipelines.conftest import RECORDINGS, assert_equals_local, run, tables, write_jsonl
 from tests.pipelines.processes import Run
 from tests.runners.conftest import LOCAL_FLAGS
-from tests.runners.dask_cluster import Cluster, Worker, wait_for
+from tests.runners.dask_cluster import MEMORY_GB, Cluster, Worker, wait_for
 
 ROWS = 216
 # Windows by themselves: which share a batch, and so the last bit, depends on what else is in the shard.
@@ -146,6 +148,10 @@ def test_a_worker_killed_in_the_middle_of_its_shards(
     assert not lost & (killed.started.keys() - lost)
     # All took part, and each loaded the model once for all its threads.
     assert [worker.loads for worker in cluster.workers] == [1, 1, 1]
+    # Which on Python 3.11 stops a worker for ever, now and then.
+    with distributed.Client(cluster.address, set_as_default=False) as client:
+        profile = client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks)
+    assert list(profile.values()) == [sys.version_info[:2] != (3, 11)] * 2
 
     stored = store.names()
     assert run(manifest, output, random_bundle, *flags) == 0
@@ -186,9 +192,25 @@ def test_every_shard_is_a_task(small_manifest: Path) -> None:
         pipeline = beam.Pipeline(DaskRunner())
         pipeline | SeparateManifest(replace(manifest, slices=manifest.slices * slices), plan)
         pipeline.replace_all(dask_overrides())
-        visitor = DaskRunner.to_dask_bag_visitor({"npartitions": MOST_PARTITIONS})
+        visitor = DaskRunner.to_dask_bag_visitor({"npartitions": dask.MOST_PARTITIONS})
         pipeline.visit(visitor)
         assert list(visitor.bags.values())[-1].npartitions == tasks
+
+
+def test_a_call_of_the_model_has_half_of_a_workers_memory(cluster: Cluster) -> None:
+    flags = [
+        "--manifest",
+        "gs://m.csv",
+        "--output",
+        "gs://o",
+        *RUNNER,
+        "--dask_client_address",
+        cluster.address,
+    ]
+    given, pipeline_options = options.parse(flags)
+    cluster.wait()
+    dask.prepare(pipeline_options, given)
+    assert given.memory_gb == pytest.approx(MEMORY_GB / 2)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
