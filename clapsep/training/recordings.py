@@ -231,6 +231,7 @@ def read(clean: Clean, seconds: float, samples: int, rate: int) -> np.ndarray:
     start, duration = (count / clean.sample_rate for count in (clean.first + offset, needed))
     with Recording(clean.uri, start, duration) as opened:
         resampler = StreamResampler(1, opened.sample_rate, rate)
-        parts = [resampler.process(block.mean(axis=1, keepdims=True)) for block, _ in opened.blocks()]
+        blocks = (block.mean(axis=1, keepdims=True) for block, _ in opened.blocks())
+        parts = [piece for block in blocks for piece in resampler.process(block)]
         audio = np.concatenate([*parts, resampler.finish()])[:samples, 0]
     return np.pad(audio, (0, samples - len(audio)))
