@@ -77,6 +77,6 @@ train-mini: $(READY)  ## CORPUS=folder TRAIN_BANK=sf_GMbank.sf2 TEST_BANK=FluidR
 	$(BIN)/python -m clapsep.training prepare --corpus $(CORPUS) \
 		$(TRAIN_BANK:%=--train-bank %) $(TEST_BANK:%=--test-bank %)
 	$(BIN)/python -m clapsep.training pretrain
-	$(BIN)/python -m clapsep.training fit
+	$(BIN)/python -m clapsep.training train
 	$(BIN)/python -m clapsep.training export --corpus $(CORPUS) --bundle clapsep/bundles/mini
 	$(BIN)/python -m clapsep.training evaluate --bundle clapsep/bundles/mini --card

@@ -35,10 +35,10 @@ from clapsep.audio import Source, Waveform
 from clapsep.clap import Clap
 from clapsep.config import BASE, TextConfig
 from clapsep.engine import Job, Request, Separator
+from clapsep.manifest import open_manifest
 from clapsep.model import ClapSep
 from clapsep.query import Query
 from pipelines import runs, separate, separation, shards
-from pipelines.manifest import open_manifest
 from pipelines.models import worker_model
 from pipelines.options import Plan, Settings, default_shards
 

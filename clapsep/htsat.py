@@ -57,7 +57,13 @@ class Mlp(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm window attention and MLP on a (side, side) grid; `shifted` rolls it by half a window."""
+    """Pre-norm window attention and MLP on a (side, side) grid; `shifted` rolls it by half a window.
+
+    `drop_path` is for training: the probability that an example skips an update (stochastic depth, Huang et
+    al., 2016).
+    """
+
+    drop_path = 0.0
 
     def __init__(self, width: int, side: int, heads: int, window: int, shifted: bool) -> None:
         super().__init__()
@@ -81,8 +87,14 @@ class SwinBlock(nn.Module):
         grid = self._from_windows(attended, batch)
         if self.shift:
             grid = grid.roll((self.shift, self.shift), (1, 2))
-        tokens = tokens + grid.reshape(batch, -1, width)
-        return tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens + self._kept(grid.reshape(batch, -1, width))
+        return tokens + self._kept(self.mlp(self.norm2(tokens)))
+
+    def _kept(self, update: Tensor) -> Tensor:
+        if not (self.training and self.drop_path):
+            return update
+        kept = torch.rand(len(update), 1, 1, device=update.device) >= self.drop_path
+        return update * kept / (1.0 - self.drop_path)
 
     def _to_windows(self, grid: Tensor) -> Tensor:
         batch, side, _, width = grid.shape
@@ -168,7 +180,7 @@ class Htsat(nn.Module):
             for index, (width, side, depth, heads) in enumerate(stages)
         )
         self.norm = nn.LayerNorm(config.widths[-1])
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def power(self, waveform: Tensor) -> Tensor:
         """(B, samples) at the encoder's rate -> power spectrogram (B, frames, bins)."""
@@ -196,7 +208,7 @@ class Htsat(nn.Module):
         return tuple(collected)
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     """Swin's initialisation: Linear weights from N(0, 0.02) truncated at 2, zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pipelines.manifest import Record
+from clapsep.manifest import Record
 from pipelines.options import Settings
 from pipelines.rows import Row, duplicate_of, parse_row
 

@@ -6,7 +6,8 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from pipelines import runs, storage, tables
+from clapsep import storage
+from pipelines import runs, tables
 from pipelines.commits import Parts, find_parts
 from pipelines.tables import Shard
 

@@ -21,7 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines import storage, tables
+from clapsep import storage
+from pipelines import tables
 from pipelines.rows import Row
 from pipelines.tables import Shard
 

@@ -17,15 +17,16 @@ from clapsep.audio import AudioError, Recording, Source, encoding_of
 from clapsep.engine import Separator
 from clapsep.engine.tasks import check_fit
 from clapsep.engine.windows import Framing, WindowCutter
+from clapsep.fields import QUERY_COLUMNS, SOURCE_COLUMNS
+from clapsep.manifest import Manifest
 from clapsep.query import Query, QueryError
 from clapsep.retry import redact
 from pipelines.commits import read_shard
 from pipelines.graph import MarkDuplicates, ReadRows, groups_of
-from pipelines.manifest import Manifest
 from pipelines.models import load_separator
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS, ProgressDisplay
-from pipelines.rows import QUERY_COLUMNS, SOURCE_COLUMNS, Row, RowError
+from pipelines.rows import Row, RowError
 from pipelines.separation import describe
 from pipelines.shards import SeparateShard
 from pipelines.stems import DecodedColumns

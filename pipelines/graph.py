@@ -16,8 +16,8 @@ from typing import Any
 
 import apache_beam as beam
 
+from clapsep.manifest import Manifest, Slice, read_slice
 from pipelines.blocks import Entry, Packer, unpack
-from pipelines.manifest import Manifest, Slice, read_slice
 from pipelines.options import Plan
 from pipelines.rows import Row
 from pipelines.shards import SeparateShard

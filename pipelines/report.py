@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from clapsep import storage
 from clapsep.audio import AudioError, Recording, Source
-from pipelines import runs, storage
+from clapsep.fields import SOURCE_COLUMNS
+from pipelines import runs
 from pipelines.commits import read_committed
 from pipelines.options import UsageError
-from pipelines.rows import SOURCE_COLUMNS
 from pipelines.status import failure_lines, group_failures
 from pipelines.stems import DecodedColumns
 

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from clapsep import storage
+from clapsep.fields import (
+    COLUMNS,
+    QUERY_COLUMNS,
+    InvalidFieldError,
+    UnreadableRecord,
+    as_text,
+    check_unicode,
+    filled_fields,
+    number_field,
+    texts_field,
+    uri_field,
+)
 from clapsep.retry import redact
-from pipelines import storage
 
-QUERY_COLUMNS = ("positive_text", "negative_text", "positive_audio", "negative_audio")
-SOURCE_COLUMNS = ("mixture", "target", "interference", "snr_db", "start", "duration")
-COLUMNS = ("id", *SOURCE_COLUMNS, *QUERY_COLUMNS)
 # Long enough that ten million digests collide with a chance of one in 10^10.
 DIGEST_DIGITS = 20
 # The longest path on Linux: an audio file's id is its path.
@@ -83,20 +91,6 @@ class Row:
         return replace(self, error=error)
 
 
-@dataclass(frozen=True)
-class UnreadableRecord:
-    """A line of a manifest that is not a record."""
-
-    message: str
-    text: str
-
-
-class _InvalidFieldError(ValueError):
-    def __init__(self, column: str, value: Any, problem: str) -> None:
-        super().__init__(f"{column}: {problem}")
-        self.value = value
-
-
 def parse_row(
     record: Mapping[str, Any] | UnreadableRecord,
     *,
@@ -118,50 +112,48 @@ def parse_row(
         key = digest([name, number, contents])
         error = RowError("manifest", "UnreadableRecord", record.message, record.text)
         return Row(manifest, number, contents, key, recording=key, id="", error=error)
-    filled = {column: value for column, value in record.items() if not _is_missing(value)}
+    filled = filled_fields(record)
     contents = digest(filled)
     key = digest([name, number, contents])
     row = Row(manifest, number, contents, key, recording=key, id=_label(filled, contents))
     try:
         return _validated(row, filled, positive, negative)
-    except _InvalidFieldError as problem:
-        return row.fail(RowError("manifest", "InvalidRow", str(problem), _as_text(problem.value)))
+    except InvalidFieldError as problem:
+        return row.fail(RowError("manifest", "InvalidRow", str(problem), as_text(problem.value)))
 
 
 def _validated(
     row: Row, filled: Mapping[str, Any], positive: tuple[str, ...], negative: tuple[str, ...]
 ) -> Row:
-    for column, value in filled.items():
-        if not (_is_unicode(column) and _is_unicode(value)):
-            raise _InvalidFieldError(column, value, "is not Unicode text; save the manifest as UTF-8")
+    check_unicode(filled)
     folder = storage.parent(row.manifest)
     identifier = filled.get("id")
     if identifier is not None and (isinstance(identifier, bool) or not isinstance(identifier, str | int)):
-        raise _InvalidFieldError("id", identifier, f"must be text, not {type(identifier).__name__}")
+        raise InvalidFieldError("id", identifier, f"must be text, not {type(identifier).__name__}")
     if len(row.id) > MOST_ID_CHARACTERS:
-        raise _InvalidFieldError("id", identifier, f"is longer than {MOST_ID_CHARACTERS} characters")
-    uris = {column: _uri(filled, column, folder) for column in ("mixture", "target", "interference")}
+        raise InvalidFieldError("id", identifier, f"is longer than {MOST_ID_CHARACTERS} characters")
+    uris = {column: uri_field(filled, column, folder) for column in ("mixture", "target", "interference")}
     if not uris["mixture"] and not (uris["target"] and uris["interference"]):
         have = "target without interference" if uris["target"] else "neither mixture nor target"
-        raise _InvalidFieldError(
+        raise InvalidFieldError(
             "mixture", uris["target"], f"the row has {have}; give mixture, or target and interference"
         )
     query = {
-        column: _texts(filled, column, folder if column.endswith("audio") else None)
+        column: texts_field(filled, column, folder if column.endswith("audio") else None)
         for column in QUERY_COLUMNS
     }
     if not any(query.values()):
         query |= {"positive_text": positive, "negative_text": negative}
     if not any(query.values()):
-        raise _InvalidFieldError(
+        raise InvalidFieldError(
             "positive_text",
             None,
             f"the row has no query; set one of {', '.join(QUERY_COLUMNS)}, or pass --positive or --negative",
         )
     numbers = {
-        "snr_db": _number(filled, "snr_db"),
-        "start": _number(filled, "start", at_least=0.0),
-        "duration": _number(filled, "duration", above=0.0),
+        "snr_db": number_field(filled, "snr_db"),
+        "start": number_field(filled, "start", at_least=0.0),
+        "duration": number_field(filled, "duration", above=0.0),
     }
     decoded = ("mixture",) if uris["mixture"] else ("target", "interference", "snr_db")
     return replace(
@@ -170,7 +162,7 @@ def _validated(
         **uris,
         **numbers,
         **query,
-        carried=tuple((name, _as_text(filled[name])) for name in sorted(set(filled) - set(COLUMNS))),
+        carried=tuple((name, as_text(filled[name])) for name in sorted(set(filled) - set(COLUMNS))),
     )
 
 
@@ -213,11 +205,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(_encode(value).encode()).hexdigest()[:DIGEST_DIGITS]
 
 
-def printable(text: str) -> str:
-    """`text` with code points that no UTF-8 file can hold written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def _one_line(text: str) -> str:
     text = redact(text)
     left_out = len(text) - MOST_ERROR_CHARACTERS
@@ -232,72 +219,7 @@ def _one_line(text: str) -> str:
     )
 
 
-def _is_missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, list | tuple) and not value)
-
-
 def _label(filled: Mapping[str, Any], contents: str) -> str:
     value = filled.get("id")
-    text = contents if value is None else _as_text(value)
+    text = contents if value is None else as_text(value)
     return text if len(text) <= MOST_ID_CHARACTERS else text[: MOST_ID_CHARACTERS + 1]
-
-
-def _uri(filled: Mapping[str, Any], column: str, folder: str) -> str | None:
-    value = filled.get(column)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise _InvalidFieldError(column, value, f"must be a URI or a path, not {type(value).__name__}")
-    return storage.resolve(value, folder)
-
-
-def _texts(filled: Mapping[str, Any], column: str, folder: str | None) -> tuple[str, ...]:
-    """The values of a query column; resolved against `folder` where they are URIs."""
-    value = filled.get(column, ())
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list | tuple) or not all(isinstance(item, str) for item in values):
-        raise _InvalidFieldError(column, value, "must be text or a list of texts")
-    if not all(item.strip() for item in values):
-        raise _InvalidFieldError(column, value, "holds an empty text; leave it out")
-    return tuple(item if folder is None else storage.resolve(item, folder) for item in values)
-
-
-def _number(
-    filled: Mapping[str, Any], column: str, at_least: float = -math.inf, above: float = -math.inf
-) -> float | None:
-    value = filled.get(column)
-    if value is None:
-        return None
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _InvalidFieldError(column, value, "is not a number") from None
-    if not math.isfinite(number):
-        raise _InvalidFieldError(column, value, "must be finite")
-    if number < at_least:
-        raise _InvalidFieldError(column, value, f"must be at least {at_least:g}")
-    if number <= above:
-        raise _InvalidFieldError(column, value, f"must be above {above:g}")
-    return number
-
-
-def _as_text(value: Any) -> str | None:
-    if value is None:
-        return None
-    return printable(value if isinstance(value, str) else _to_json(value))
-
-
-def _is_unicode(value: Any) -> bool:
-    if isinstance(value, bool | int | float):
-        return True
-    try:
-        (value if isinstance(value, str) else _to_json(value)).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _to_json(value: Any) -> str:
-    return json.dumps(value, default=str, ensure_ascii=False)

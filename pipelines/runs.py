@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from clapsep import __version__
+from clapsep import __version__, storage
+from clapsep.manifest import Manifest
 from clapsep.retry import redact
-from pipelines import storage
-from pipelines.manifest import Manifest
 from pipelines.options import Plan
 
 RUN_FILE = "run.json"

@@ -18,16 +18,16 @@ import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 from clapsep import bundle as bundles
+from clapsep.manifest import Manifest, ManifestError, open_manifest
 from clapsep.retry import redact
+from clapsep.storage import StorageError
 from pipelines import options, report, runners, runs
 from pipelines.clean import clean
 from pipelines.dry_run import dry_run
 from pipelines.graph import SeparateManifest
-from pipelines.manifest import Manifest, ManifestError, open_manifest
 from pipelines.options import Plan, UsageError
 from pipelines.progress import PROGRESS, ProgressDisplay
 from pipelines.status import Totals, failure_lines, print_status, read_totals
-from pipelines.storage import StorageError
 from pipelines.watch import CommittedProgress
 
 

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from clapsep.audio import AudioError, Source
 from clapsep.engine import Job, Request, Stats
+from clapsep.fields import QUERY_COLUMNS, SOURCE_COLUMNS, printable
 from clapsep.query import Query, QueryError
 from clapsep.retry import redact
 from pipelines.models import Facts, WorkerModel, acquire
 from pipelines.options import Plan
 from pipelines.progress import PROGRESS
-from pipelines.rows import QUERY_COLUMNS, SOURCE_COLUMNS, Row, RowError, printable
+from pipelines.rows import Row, RowError
 from pipelines.stems import DecodedColumns, StemSink
 from pipelines.tables import Shard, carried_name
 

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from clapsep import storage
 from clapsep.audio import AudioWriter, Recording, Source
 from clapsep.metrics import NO_TARGET, LevelMetrics, ReferenceMetrics
 from clapsep.mixing import Mixture
-from pipelines import storage
 from pipelines.options import Plan
 from pipelines.rows import Row, file_name
 from pipelines.tables import Shard

@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clapsep import storage
 from clapsep.metrics import DEFINITIONS
 from clapsep.retry import describe
-from pipelines import storage
 
 _TEXTS = pa.list_(pa.string())
 _METRICS: tuple[tuple[str, pa.DataType, str], ...] = (

@@ -7,7 +7,8 @@ import threading
 
 import pyarrow.compute as pc
 
-from pipelines import storage, tables
+from clapsep import storage
+from pipelines import tables
 from pipelines.progress import PROGRESS
 
 logger = logging.getLogger(__name__)

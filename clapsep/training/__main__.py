@@ -1,9 +1,14 @@
-"""`python -m clapsep.training COMMAND`: prepare, pretrain, fit, export, evaluate (`make train-mini`)."""
+"""`python -m clapsep.training COMMAND`.
+
+`fit` fine-tunes on a manifest, `pack` writes what it trained. `prepare`, `pretrain`, `train`, `export` and
+`evaluate` make the embedded default (`make train-mini`).
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,19 +32,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prepare.add_argument("--test-bank", type=Path, action="append", default=[], help="sound bank to test on")
 
     pretrain = commands.add_parser("pretrain", help="contrastive pre-training of the two towers")
+    pretrain.add_argument("--manifest", help="captioned recordings, in place of the default's corpus")
+    pretrain.add_argument("--out", type=Path, help="folder of the bundle, with --manifest")
+    pretrain.add_argument("--size", choices=("mini", "base"), default="mini", help="with --manifest")
+    pretrain.add_argument("--device", default="cpu", help="with --manifest; cpu (default), cuda, cuda:1, ...")
     pretrain.add_argument("--steps", type=int, default=700)
     pretrain.add_argument("--batch", type=int, default=24, help="clips per process and step")
 
-    fit = commands.add_parser("fit", help="train the separator; resumes from the work folder")
-    fit.add_argument("--steps", type=int, default=5800)
-    fit.add_argument("--mask-steps", type=int, default=400, help="steps that fade out the mask loss")
-    fit.add_argument("--batch", type=int, default=8, help="mixtures per process and step")
+    train = commands.add_parser("train", help="train the default's separator; resumes from the work folder")
+    train.add_argument("--steps", type=int, default=5800)
+    train.add_argument("--mask-steps", type=int, default=400, help="steps that fade out the mask loss")
+    train.add_argument("--batch", type=int, default=8, help="mixtures per process and step")
 
-    for command in (pretrain, fit):
+    for command in (pretrain, train):
         command.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
         command.add_argument("--learning-rate", type=float, default=1e-3)
 
-    fit.add_argument("--start", type=Path, help="weights of an earlier run to begin with")
+    train.add_argument("--start", type=Path, help="weights of an earlier run to begin with")
 
     export = commands.add_parser("export", help="write the trained weights as a bundle")
     export.add_argument("--corpus", type=Path, required=True, help="for the attribution")
@@ -53,8 +62,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate.add_argument("--records", type=Path, help="write one line per mixture here (CSV)")
     evaluate.add_argument("--card", action="store_true", help="write the table into the bundle's card")
 
+    _add_fit(commands.add_parser("fit", help="fine-tune on a manifest; resumes what is in --out"))
+
+    pack = commands.add_parser("pack", help="write the weights of a fit")
+    pack.add_argument("run", type=Path, help="its --out")
+    pack.add_argument("--checkpoint", choices=("best", "last"), default="best")
+    pack.add_argument("--bundle", metavar="FOLDER", help="write a bundle here, local or any URI")
+    pack.add_argument("--published", type=Path, metavar="FOLDER", help="write clap.pt and clapsep.ckpt here")
+
     options = parser.parse_args(arguments)
-    COMMANDS[options.command](options)
+    try:
+        COMMANDS[options.command](options)
+    except _user_errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _add_fit(fit: argparse.ArgumentParser) -> None:
+    fit.add_argument("--manifest", required=True, help="clean recordings (target, positive_text) to mix")
+    fit.add_argument("--validation", required=True, help="mixtures, or clean recordings to mix")
+    fit.add_argument("--init", required=True, help="bundle, or LAION-CLAP's checkpoint")
+    fit.add_argument("--out", type=Path, required=True, help="folder for checkpoints, curves and the bundle")
+    fit.add_argument("--tokenizer", help="RoBERTa's, where --init is LAION-CLAP's checkpoint")
+    fit.add_argument(
+        "--keep-separator",
+        action="store_true",
+        help="go on from the bundle's encoder and decoder; default: its towers, and a new decoder",
+    )
+    fit.add_argument("--epochs", type=int, default=150, help="validations until the end")
+    fit.add_argument("--epoch-steps", type=int, help="steps between validations; default: one pass")
+    fit.add_argument("--batch", type=int, default=16, help="mixtures per device and step")
+    fit.add_argument("--learning-rate", type=float, default=1e-4)
+    fit.add_argument("--rank", type=int, default=16, help="of LoRA")
+    fit.add_argument("--snr", type=float, nargs=2, metavar=("LOW", "HIGH"), default=(0.0, 0.0), help="dB")
+    fit.add_argument("--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.999")
+    fit.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    fit.add_argument("--devices", type=int, default=1, help="processes, one for each device")
+    fit.add_argument("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
+    fit.add_argument("--workers", type=int, default=0, help="processes per device that read recordings ahead")
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    from clapsep.audio import AudioError
+    from clapsep.bundle import BundleError
+    from clapsep.convert import ConvertError
+    from clapsep.device import DeviceError
+    from clapsep.manifest import ManifestError
+    from clapsep.storage import StorageError
+    from clapsep.training.finetune import TrainingError
+    from clapsep.training.recordings import TrainingDataError
+
+    return (
+        AudioError,
+        BundleError,
+        ConvertError,
+        DeviceError,
+        ManifestError,
+        StorageError,
+        TrainingDataError,
+        TrainingError,
+    )
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -69,6 +136,9 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
+    if options.manifest is not None or options.out is not None:
+        _pretrain_on_manifest(options)
+        return
     from clapsep.config import MINI
     from clapsep.training import corpus, pretrain, vocabulary
     from clapsep.training.tokens import build_tokenizer
@@ -88,12 +158,69 @@ def _pretrain(options: argparse.Namespace) -> None:
     )
 
 
+def _pretrain_on_manifest(options: argparse.Namespace) -> None:
+    from clapsep.training import contrastive
+    from clapsep.training.finetune import TrainingError
+
+    if options.manifest is None or options.out is None:
+        raise TrainingError("pretrain: --manifest and --out go together; give both or neither")
+    digest = contrastive.pretrain(
+        options.manifest,
+        options.out,
+        size=options.size,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        processes=options.processes,
+        device=options.device,
+        seed=options.seed,
+    )
+    if digest:
+        print(f"bundle {digest} in {options.out}")
+
+
 def _fit(options: argparse.Namespace) -> None:
-    from clapsep.training import corpus, export, fit, vocabulary
+    from clapsep.training import finetune
+
+    digest = finetune.fit(
+        options.manifest,
+        options.validation,
+        options.init,
+        options.out,
+        tokenizer=options.tokenizer,
+        keep_separator=options.keep_separator,
+        epochs=options.epochs,
+        epoch_steps=options.epoch_steps,
+        batch=options.batch,
+        learning_rate=options.learning_rate,
+        rank=options.rank,
+        snr_db=tuple(options.snr),
+        ema=options.ema,
+        seed=options.seed,
+        device=options.device,
+        devices=options.devices,
+        precision=options.precision,
+        workers=options.workers,
+    )
+    if digest:
+        print(f"bundle {digest} in {options.out / finetune.BUNDLE}")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from clapsep.training import finetune
+
+    checkpoint = options.run / f"{options.checkpoint}.ckpt"
+    digest = finetune.pack(options.run, checkpoint, options.bundle, options.published)
+    if digest:
+        print(f"bundle {digest} in {options.bundle}")
+
+
+def _train(options: argparse.Namespace) -> None:
+    from clapsep.training import corpus, default, export, vocabulary
     from clapsep.training.tokens import build_tokenizer
 
     clap = export.load_towers(options.work)
-    fit.fit(
+    default.train(
         corpus.load(options.work / "corpus"),
         clap,
         build_tokenizer(vocabulary.words(), clap.config.text.max_tokens),
@@ -147,7 +274,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 COMMANDS = {
     "prepare": _prepare,
     "pretrain": _pretrain,
+    "train": _train,
     "fit": _fit,
+    "pack": _pack,
     "export": _export,
     "list": _list,
     "evaluate": _evaluate,

@@ -16,7 +16,7 @@ from clapsep.clap import Clap
 from clapsep.config import MINI
 from clapsep.model import ClapSep
 from clapsep.training import corpus, split, vocabulary
-from clapsep.training.fit import SEPARATOR
+from clapsep.training.default import SEPARATOR
 from clapsep.training.pretrain import TOWERS
 from clapsep.training.tokens import build_tokenizer, without
 

@@ -1,203 +1,268 @@
-"""Training of the separator: the published recipe on top of the pre-trained towers, with Lightning.
+"""Training of the separator with Lightning: what a step does, and a run that can be killed at any moment.
 
-Condition dropout (a quarter positive only, a quarter negative only), one random interpolation of text and
-audio embedding per step, and -0.9 SNR - 0.1 SI-SNR as in CLAPSep (arXiv 2402.17455). Two departures that
-two CPU cores ask for: the encoder is trained whole instead of through LoRA (its discrimination is the
-bottleneck of a small model), and the first steps fit the ratio mask, which leaves the constant mask at once.
+The embedded default (`training.default`) and fine-tuning (`training.finetune`) are two data sources and two
+settings of it. Every batch is a function of the step's number, and so is what a step draws itself; a
+checkpoint is written after every validation. So a run that was killed and goes on ends with the bytes of one
+that was not.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from clapsep.clap import Clap
-from clapsep.decoder import Film
 from clapsep.model import ClapSep
-from clapsep.training.corpus import Corpus
-from clapsep.training.data import NONE, Sampler
-from clapsep.training.loop import cpu_trainer
+from clapsep.training.curves import Curves
+from clapsep.training.loop import Precision, make_trainer
+from clapsep.training.lora import has_lora
 from clapsep.training.losses import mask_loss, separation_loss, si_snr
-from clapsep.training.queries import QueryBank, conditions
 
-SEPARATOR = "separator.safetensors"
-
-ONE_SIDED = 0.25
-"""Share of the examples with the positive side only, and share with the negative side only."""
+LAST = "last.ckpt"
+BEST = "best.ckpt"
 
 MASK_LOSS_SCALE = 10.0
 """Brings the cross-entropy of a mask (about 0.6) to the size of a loss in dB."""
 
-VALIDATION_MIXTURES = 240
+EMA_START = 200
+"""Steps before averaging begins, or half of the way to the first validation."""
 
-FILM_SPREAD = 0.7
-"""Standard deviation of the FiLM weights at the start: a condition has unit norm, so this moves each gain
-by about as much, where torch's default (1/16) would leave the query without a voice."""
-
-
-def initialise(model: ClapSep, clap: Clap) -> None:
-    """Take the encoder from the pre-trained tower and give every FiLM a gain of one plus the query's."""
-    branch = {
-        key: value for key, value in clap.audio_branch.state_dict().items() if not key.startswith("norm.")
-    }
-    model.audio_branch.load_state_dict(branch)
-    for module in model.modules():
-        if isinstance(module, Film):
-            for linear, bias in ((module.gamma, 1.0), (module.beta, 0.0)):
-                nn.init.normal_(linear.weight, std=FILM_SPREAD)
-                nn.init.constant_(linear.bias, bias)
+GRADIENT_CLIP = 5.0
+PLATEAU_FACTOR = 0.3
+PLATEAU_PATIENCE = 5
+LOWEST_RATE = 5e-6
+"""The published schedule (CLAPSep's `configure_optimizers`), counted in validations."""
 
 
-class MixtureBatches(IterableDataset):
-    """(mixture, target, condition) batches without end."""
+class Batch(NamedTuple):
+    """`mixture`, `target`: (B, samples) float32; `condition`: (B, condition_dim); `label`: (B,) int64.
 
-    def __init__(self, sampler: Sampler, queries: QueryBank, batch: int, joint: int, seed: int) -> None:
-        self.sampler = sampler
-        self.queries = queries
-        self.batch = batch
-        self.joint = joint
-        self.random = random.Random(seed)
+    Labels are those of `SeparatorTraining`; training ignores them.
+    """
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        while True:
-            drawn = self.sampler.mixtures(self.batch)
-            # The larger of two draws: the text, which most users query by, weighs more than the audio.
-            share = max(self.random.random(), self.random.random())
-            positive: list[Tensor | None] = [self.queries.side(clip, share) for clip in drawn.targets]
-            negative: list[Tensor | None] = [self.queries.side(clip, share) for clip in drawn.interferences]
-            for index in range(self.batch):
-                draw = self.random.random()
-                if draw < ONE_SIDED:
-                    negative[index] = None
-                elif draw < 2 * ONE_SIDED:
-                    positive[index] = None
-            yield drawn.mixture, drawn.target, conditions(positive, negative, self.joint)
+    mixture: Tensor
+    target: Tensor
+    condition: Tensor
+    label: Tensor | None = None
 
 
 class SeparatorTraining(lightning.LightningModule):
-    """`mask_steps` steps fade from the mask loss to the separation loss, `steps` are a one-cycle schedule."""
+    """-0.9 SNR - 0.1 SI-SNR of the model's waveform, by AdamW, on all parameters that require a gradient.
 
-    def __init__(self, model: ClapSep, steps: int, mask_steps: int, learning_rate: float) -> None:
+    An encoder with LoRA stays in evaluation mode: its batch norm keeps CLAP's statistics, as published.
+
+    Args:
+        model: what is trained.
+        learning_rate: of AdamW.
+        encoder_share: factor on the encoder's learning rate.
+        cycle_steps: length of a one-cycle schedule; None lowers the rate when validation stops improving.
+        mask_steps: steps that fade from the mask loss to the separation loss.
+        labels: what validation is also reported by.
+        seed: of what a step draws.
+    """
+
+    def __init__(
+        self,
+        model: ClapSep,
+        learning_rate: float,
+        *,
+        encoder_share: float = 1.0,
+        cycle_steps: int | None = None,
+        mask_steps: int = 0,
+        labels: Sequence[str] = (),
+        seed: int = 1,
+    ) -> None:
         super().__init__()
         self.model = model
-        self.steps = steps
-        self.mask_steps = mask_steps
         self.learning_rate = learning_rate
+        self.encoder_share = encoder_share
+        self.cycle_steps = cycle_steps
+        self.mask_steps = mask_steps
+        self.labels = tuple(labels)
+        self.seed = seed
+        self.by_label: dict[str, float] = {}
+        self.label_counts: dict[str, int] = {}
+        self._keeps_statistics = has_lora(model.audio_branch)
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        mixture, target, condition = batch
+    def train(self, mode: bool = True) -> SeparatorTraining:
+        super().train(mode)
+        if self._keeps_statistics:
+            self.model.audio_branch.eval()
+        return self
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        draws = np.random.SeedSequence([self.seed, self.global_rank, self.global_step])
+        torch.manual_seed(int(draws.generate_state(1)[0]))
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        mixture, target = batch.mixture, batch.target
         features = self.model.features(mixture)
-        mask = self.model.mask(features, condition).float()
+        mask = self.model.mask(features, batch.condition).float()
         fade = max(0.0, 1.0 - self.global_step / self.mask_steps) if self.mask_steps else 0.0
         loss = mixture.new_zeros(())
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(mixture.device.type, enabled=False):
             if fade > 0:
                 wanted, rest = (self.model.stft(audio).abs() for audio in (target, mixture - target))
-                cross_entropy = mask_loss(mask, wanted, rest)
-                loss = loss + fade * MASK_LOSS_SCALE * cross_entropy
+                loss = loss + fade * MASK_LOSS_SCALE * mask_loss(mask, wanted, rest)
             if fade < 1:
                 estimate = self.model.stft.inverse(features.spectrum * mask, mixture.shape[-1])
-                separation = separation_loss(estimate, target)
-                loss = loss + (1 - fade) * separation
+                loss = loss + (1 - fade) * separation_loss(estimate, target)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> None:
-        mixture, target, condition = batch
-        estimate = self.model.separate(mixture, condition).float()
-        improvement = si_snr(estimate, target) - si_snr(mixture, target)
-        self.log("si_sdri", improvement.mean(), sync_dist=True, batch_size=len(mixture))
-        self.log("below_0", (improvement < 0).float().mean(), sync_dist=True, batch_size=len(mixture))
+    def on_validation_epoch_start(self) -> None:
+        # Per label: the sum of the improvements, how many there are, how many are below 0 dB.
+        self._sums = torch.zeros(3, max(1, len(self.labels)), dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        estimate = self.model.separate(batch.mixture, batch.condition).float()
+        improvement = (si_snr(estimate, batch.target) - si_snr(batch.mixture, batch.target)).double()
+        figures = torch.stack([improvement, torch.ones_like(improvement), (improvement < 0).double()])
+        self._sums.index_add_(1, batch.label, figures)
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        total, count, below = sums.sum(1).tolist()
+        self.by_label = {
+            label: float(sums[0, index] / sums[1, index])
+            for index, label in enumerate(self.labels)
+            if sums[1, index]
+        }
+        self.label_counts = {label: int(sums[1, self.labels.index(label)]) for label in self.by_label}
+        # The same on every process already; Lightning wants to hear that it may reduce it.
+        self.log("si_sdri", total / count, sync_dist=True)
+        self.log("below_0", below / count, sync_dist=True)
+        if self.cycle_steps is None:
+            self.lr_schedulers().step(total / count)
+
+    def lr_scheduler_step(self, scheduler, metric) -> None:
+        # Lightning steps a plateau's schedule after it has written the checkpoint, which would lose it.
+        if self.cycle_steps is not None:
+            scheduler.step()
 
     def configure_optimizers(self):
-        encoder = list(self.model.audio_branch.parameters())
-        rest = list(self.model.decoder_model.parameters())
-        rates = [0.5 * self.learning_rate, self.learning_rate]
-        optimizer = torch.optim.AdamW(
-            [{"params": encoder}, {"params": rest}], self.learning_rate, weight_decay=0.01
-        )
+        parts = {self.model.audio_branch: self.encoder_share, self.model.decoder_model: 1.0}
+        groups = [
+            {"params": trained, "lr": share * self.learning_rate}
+            for part, share in parts.items()
+            if (trained := [parameter for parameter in part.parameters() if parameter.requires_grad])
+        ]
+        optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=0.01)
+        if self.cycle_steps is None:
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+                optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=LOWEST_RATE
+            )
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "si_sdri"}}
+        rates = [group["lr"] for group in groups]
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, self.steps, pct_start=0.06, div_factor=20, final_div_factor=100
+            optimizer, rates, self.cycle_steps, pct_start=0.06, div_factor=20, final_div_factor=100
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def validation_batches(sampler: Sampler, queries: QueryBank, count: int, joint: int) -> DataLoader:
-    """`count` mixtures at 0 dB of unaltered validation recordings, both sides queried by text."""
-    batch = sampler.mixtures(
-        count, [sampler.pair(sampler.names[i % len(sampler.names)]) for i in range(count)]
-    )
-    texts = [[queries.text(clip) for clip in side] for side in (batch.targets, batch.interferences)]
-    return DataLoader(TensorDataset(batch.mixture, batch.target, conditions(*texts, joint)), batch_size=20)
+class Data(lightning.LightningDataModule):
+    """Batches by the step's number, and a validation set.
+
+    Args:
+        steps: of the run.
+        steps_per_validation: steps between validations.
+        workers: processes that prepare batches ahead; none changes what is in them.
+    """
+
+    def __init__(self, steps: int, steps_per_validation: int, workers: int = 0) -> None:
+        super().__init__()
+        self.steps = steps
+        self.steps_per_validation = min(steps_per_validation, steps)
+        self.workers = workers
+        self._held_out: Sequence[Batch] | Dataset | None = None
+
+    def batches(self) -> Dataset:
+        """The batch of this process for every step, by its number."""
+        raise NotImplementedError
+
+    def validation_batches(self) -> Sequence[Batch] | Dataset:
+        """The part of the validation set that is of this process, in batches; asked for once."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.trainer.global_step
+        numbers = range(first, min(first + self.steps_per_validation, self.steps))
+        return DataLoader(self.batches(), batch_size=None, sampler=numbers, num_workers=self.workers)
+
+    def val_dataloader(self) -> DataLoader:
+        if self._held_out is None:
+            self._held_out = self.validation_batches()
+        return DataLoader(self._held_out, batch_size=None)
 
 
-def fit(
-    corpus: Corpus,
-    clap: Clap,
-    tokenizer: Tokenizer,
-    names: tuple[str, ...],
+def run(
+    module: SeparatorTraining,
+    data: Data,
     folder: Path,
     *,
-    steps: int,
-    mask_steps: int,
-    batch: int = 8,
-    learning_rate: float = 1e-3,
-    processes: int = 2,
-    validate_every: int = 400,
-    seed: int = 1,
-    start: Path | None = None,
+    processes: int,
+    device: str = "cpu",
+    precision: Precision = "bf16",
+    ema: float | None = None,
+    report_every: int = 25,
 ) -> Path:
-    """Train for `steps` steps of `processes * batch` mixtures; returns `folder/separator.safetensors`.
+    """Train for `data.steps` steps; a `last.ckpt` that is already in `folder` is resumed.
 
-    The weights written are the averaged ones. A `last.ckpt` that is already in `folder` is resumed.
-    `start` names weights of an earlier run to begin with.
+    Args:
+        module: what is trained; holds the last weights afterwards, averaged if `ema` is set.
+        data: what it is trained on.
+        folder: gets checkpoints and curves.
+        processes: as `make_trainer` takes it.
+        device: as `make_trainer` takes it.
+        precision: as `make_trainer` takes it.
+        ema: decay of an exponential moving average of the weights, which is validated and kept; None: none.
+        report_every: steps between lines of output.
+
+    Returns:
+        The checkpoint that was best in validation.
     """
-    lightning.seed_everything(seed, verbose=False)
-    model = ClapSep(clap.config)
-    initialise(model, clap)
-    if start is not None:
-        model.load_state_dict(load_file(start))
-    runner = cpu_trainer(
+    averaging = []
+    if ema is not None:
+        first = min(EMA_START, data.steps_per_validation // 2)
+        averaging = [EMAWeightAveraging(decay=ema, update_starting_at_step=first)]
+    trainer = make_trainer(
         folder,
-        steps,
+        data.steps,
         processes,
-        clip=5.0,
-        report_every=25,
+        device=device,
+        precision=precision,
+        clip=GRADIENT_CLIP,
+        report_every=report_every,
+        reload_dataloaders_every_n_epochs=1,
         callbacks=[
-            EMAWeightAveraging(decay=0.998, update_starting_at_step=min(200, steps // 2)),
+            *averaging,
+            Curves(folder),
             ModelCheckpoint(
-                folder, filename="last", every_n_train_steps=validate_every, enable_version_counter=False
+                folder,
+                Path(BEST).stem,
+                "si_sdri",
+                mode="max",
+                save_on_train_epoch_end=False,
+                enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                folder, Path(LAST).stem, save_on_train_epoch_end=True, enable_version_counter=False
             ),
         ],
-        val_check_interval=validate_every,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
     )
-    rank_seed = seed + 1000 * runner.global_rank
-    window = clap.config.window_samples
-    clips = [clip for found in corpus.of("train", names).values() for clip in found]
-    queries = QueryBank(clap, tokenizer, Sampler(corpus, "train", names, window, seed), clips, rank_seed)
-    sampler = Sampler(corpus, "train", names, window, rank_seed)
-    batches = MixtureBatches(sampler, queries, batch, clap.config.joint, rank_seed)
-    held_out = Sampler(corpus, "validation", names, window, 77 + runner.global_rank, NONE)
-    checkpoint = folder / "last.ckpt"
-    module = SeparatorTraining(model, steps, mask_steps, learning_rate)
-    runner.fit(
-        module,
-        DataLoader(batches, batch_size=None),
-        validation_batches(held_out, queries, VALIDATION_MIXTURES // processes, clap.config.joint),
-        ckpt_path=checkpoint if checkpoint.exists() else None,
-    )
-    path = folder / SEPARATOR
-    if runner.is_global_zero:
-        save_file(module.model.state_dict(), path)
-    runner.strategy.barrier()
-    return path
+    last = folder / LAST
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
+    trainer.strategy.barrier()
+    return folder / BEST
+
+
+def weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's weights in a checkpoint of `run`, the averaged ones where it has them."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=False)["state_dict"]
+    return {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}

@@ -1,13 +1,17 @@
-"""The Lightning trainer that pre-training and separation training run in."""
+"""The Lightning trainer that all training runs in."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 import torch
+
+from clapsep.device import DeviceError, find_device
+
+Precision = Literal["bf16", "fp32"]
 
 
 class Progress(lightning.Callback):
@@ -26,40 +30,59 @@ class Progress(lightning.Callback):
             self.losses.clear()
 
 
-def cpu_trainer(
+def make_trainer(
     folder: Path,
     steps: int,
     processes: int,
     *,
+    device: str = "cpu",
+    precision: Precision = "bf16",
     clip: float,
     report_every: int,
     callbacks: Sequence[lightning.Callback] = (),
     **settings: Any,
 ) -> lightning.Trainer:
-    """Trainer of `processes` CPU processes that share torch's threads, in bfloat16.
+    """Trainer of one process for each device; on the CPU they share torch's threads.
 
     Args:
         folder: for checkpoints.
         steps: optimiser steps, each of one batch per process.
-        processes: several average their gradients (DDP); one-thread ones beat threads on two cores.
+        processes: several average their gradients (DDP); on two cores one-thread ones beat threads.
+        device: cpu, cuda, or one of several, e.g. cuda:1.
+        precision: bf16 is autocast; the weights stay float32.
         clip: largest norm of the gradient.
         report_every: steps between lines of output.
         callbacks: besides the report.
         settings: anything else for `lightning.Trainer`.
+
+    Raises DeviceError for a device that is not there.
     """
-    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    found = find_device(device)
+    if found.type == "cpu":
+        accelerator, devices = "cpu", processes
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+    elif found.index is not None:
+        if processes > 1:
+            raise DeviceError(f"device {device}: is one device, not {processes}; ask for cuda")
+        accelerator, devices = "gpu", [found.index]
+    else:
+        accelerator, devices = "gpu", processes
+        for index in range(processes):
+            find_device(f"{found.type}:{index}")
     return lightning.Trainer(
-        accelerator="cpu",
-        devices=processes,
+        accelerator=accelerator,
+        devices=devices,
         strategy="ddp" if processes > 1 else "auto",
-        precision="bf16-mixed",
+        precision={"bf16": "bf16-mixed", "fp32": "32-true"}[precision],
         max_steps=steps,
+        max_epochs=-1,
         gradient_clip_val=clip,
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        num_sanity_val_steps=0,
         callbacks=[Progress(report_every), *callbacks],
         **settings,
     )

@@ -19,13 +19,16 @@ def si_snr(estimate: Tensor, target: Tensor) -> Tensor:
     """(..., samples) x 2 -> scale-invariant SNR of the zero-mean signals, dB (Le Roux et al., 2019)."""
     estimate = estimate - estimate.mean(-1, keepdim=True)
     target = target - target.mean(-1, keepdim=True)
-    scale = (estimate * target).sum(-1, keepdim=True) / target.square().sum(-1, keepdim=True).clamp(min=1e-8)
+    eps = torch.finfo(target.dtype).eps
+    scale = ((estimate * target).sum(-1, keepdim=True) + eps) / (target.square().sum(-1, keepdim=True) + eps)
     projected = scale * target
     return _decibels(projected.square().sum(-1), (estimate - projected).square().sum(-1))
 
 
 def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
-    return 10.0 * torch.log10((signal + 1e-8) / (noise + 1e-8))
+    # As torchmetrics, which the published training calls, keeps silence finite.
+    eps = torch.finfo(signal.dtype).eps
+    return 10.0 * torch.log10((signal + eps) / (noise + eps))
 
 
 def separation_loss(estimate: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning
@@ -20,7 +20,7 @@ from clapsep.spectral import Resampler
 from clapsep.training import vocabulary
 from clapsep.training.corpus import SAMPLE_RATE, Corpus
 from clapsep.training.data import NONE, Sampler
-from clapsep.training.loop import cpu_trainer
+from clapsep.training.loop import make_trainer
 from clapsep.training.losses import contrastive_loss
 from clapsep.training.queries import embed_windows, phrase
 from clapsep.training.tokens import tokens
@@ -71,9 +71,8 @@ def spread_texts(clap: Clap, tokenizer: Tokenizer, names: tuple[str, ...], steps
     learns nothing for a thousand steps; fifty of these steps, each a few milliseconds, spread them.
     """
     choose = random.Random(seed)
-    parameters = [*clap.text_branch.parameters(), *clap.text_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 1e-3)
-    for _ in range(steps):
+
+    def draw() -> tuple[list[str], list[str], Tensor]:
         members = [choose.choice(list(vocabulary.BY_NAME[name].members)) for name in names * 4]
         coarse = [vocabulary.COARSE_OF[member] for member in members]
         alike = torch.tensor(
@@ -82,10 +81,21 @@ def spread_texts(clap: Clap, tokenizer: Tokenizer, names: tuple[str, ...], steps
                 for one, c in zip(members, coarse, strict=True)
             ]
         )
-        left, right = (
-            clap.embed_text(*tokens(tokenizer, [phrase(member, choose) for member in members]))
-            for _ in range(2)
-        )
+        left, right = ([phrase(member, choose) for member in members] for _ in range(2))
+        return left, right, alike
+
+    spread(clap, tokenizer, draw, steps)
+
+
+def spread(
+    clap: Clap, tokenizer: Tokenizer, draw: Callable[[], tuple[list[str], list[str], Tensor]], steps: int
+) -> None:
+    """Train the text tower alone on what `draw` returns: texts, texts, and (N, N) how alike they are."""
+    parameters = [*clap.text_branch.parameters(), *clap.text_projection.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3)
+    for _ in range(steps):
+        *texts, alike = draw()
+        left, right = (clap.embed_text(*tokens(tokenizer, side)) for side in texts)
         optimizer.zero_grad()
         contrastive_loss(left, right, alike, torch.tensor(10.0)).backward()
         optimizer.step()
@@ -106,8 +116,9 @@ class TowerTraining(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, list[str], Tensor], index: int) -> Tensor:
         windows, texts, positives = batch
         audio = embed_windows(self.clap, windows, self.resampler).float()
-        text = self.clap.embed_text(*tokens(self.tokenizer, texts)).float()
-        with torch.autocast("cpu", enabled=False):
+        ids = (part.to(self.device) for part in tokens(self.tokenizer, texts))
+        text = self.clap.embed_text(*ids).float()
+        with torch.autocast(self.device.type, enabled=False):
             loss = contrastive_loss(audio, text, positives, self.log_scale.exp().clamp(max=100.0))
         return loss
 
@@ -159,7 +170,7 @@ def pretrain(
     lightning.seed_everything(seed, verbose=False)
     module = TowerTraining(config, tokenizer, steps, learning_rate)
     spread_texts(module.clap, tokenizer, names, SPREAD_STEPS, seed)
-    trainer = cpu_trainer(folder, steps, processes, clip=1.0, report_every=20, enable_checkpointing=False)
+    trainer = make_trainer(folder, steps, processes, clip=1.0, report_every=20, enable_checkpointing=False)
     rank_seed = seed + 1000 * trainer.global_rank
     sampler = Sampler(corpus, "train", names, config.window_samples, rank_seed)
     trainer.fit(module, DataLoader(ClipBatches(sampler, batch, rank_seed), batch_size=None))

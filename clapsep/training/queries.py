@@ -12,6 +12,7 @@ from torch import Tensor
 from clapsep.clap import Clap
 from clapsep.model import Resampler
 from clapsep.training import vocabulary
+from clapsep.training.conditions import interpolate
 from clapsep.training.corpus import SAMPLE_RATE, Clip
 from clapsep.training.data import Sampler
 from clapsep.training.tokens import tokens
@@ -63,14 +64,4 @@ class QueryBank:
     def side(self, clip: Clip, share: float) -> Tensor:
         """(joint,) interpolation of a text (`share`) and an audio (1 - `share`) query for the clip."""
         name = clip.name if self.random.random() < 0.5 else self.random.choice(self._alike[clip.member])
-        return share * self.text(clip) + (1.0 - share) * self.audio[name]
-
-
-def conditions(positive: Sequence[Tensor | None], negative: Sequence[Tensor | None], joint: int) -> Tensor:
-    """(B, 2 * joint): concat(positive, negative) of unit norm; a missing side is zeros."""
-    zeros = torch.zeros(joint)
-    rows = [
-        torch.cat([zeros if p is None else p, zeros if n is None else n])
-        for p, n in zip(positive, negative, strict=True)
-    ]
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+        return interpolate(self.text(clip), self.audio[name], share)

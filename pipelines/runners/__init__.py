@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 
+from clapsep import storage
 from clapsep.device import DeviceError, find_device
-from pipelines import storage
 from pipelines.options import UsageError
 from pipelines.runners import dask, dataflow, portable
 

@@ -24,7 +24,7 @@ from apache_beam.options.pipeline_options import (
 )
 from packaging.requirements import Requirement
 
-from pipelines import storage
+from clapsep import storage
 from pipelines.options import UsageError
 
 

@@ -244,19 +244,20 @@ def tiny():
 @pytest.mark.parametrize("mask_steps", [0, 1000], ids=["separation loss", "mask loss"])
 def test_training_steps_reduce_the_loss(prepared, mask_steps):
     from clapsep.clap import Clap
-    from clapsep.training.fit import SeparatorTraining, initialise
+    from clapsep.training.default import initialise
+    from clapsep.training.fit import Batch, SeparatorTraining
 
     torch.manual_seed(0)
     config = tiny()
     model = ClapSep(config)
     initialise(model, Clap(config))
-    training = SeparatorTraining(model, 10, mask_steps, 3e-3)
+    training = SeparatorTraining(model, 3e-3, mask_steps=mask_steps)
     drawn = sampler(prepared).mixtures(4)
     condition = torch.nn.functional.normalize(torch.randn(4, config.condition_dim), dim=-1)
     optimizer = torch.optim.AdamW(training.parameters(), 3e-3)
     history = []
     for _ in range(12):
-        loss = training.training_step((drawn.mixture, drawn.target, condition), 0)
+        loss = training.training_step(Batch(drawn.mixture, drawn.target, condition), 0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -284,12 +285,15 @@ def test_texts_are_spread_before_audio_is_heard():
     assert closeness() < 0.5
 
 
-def test_a_whole_tiny_run(folder, work, prepared, tmp_path, capsys):
+def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
+    from clapsep.training import default
     from clapsep.training.__main__ import main
+
+    monkeypatch.setattr(default, "VALIDATION_MIXTURES", 6)
 
     common = ["--work", str(work)]
     main([*common, "pretrain", "--steps", "2", "--batch", "3", "--processes", "1"])
-    main([*common, "fit", "--steps", "2", "--mask-steps", "1", "--batch", "2", "--processes", "1"])
+    main([*common, "train", "--steps", "2", "--mask-steps", "1", "--batch", "2", "--processes", "1"])
     main([*common, "export", "--corpus", str(folder), "--bundle", str(tmp_path)])
     loaded = bundle.load(str(tmp_path))
     assert loaded.size < 16_000_000

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines.rows import COLUMNS
+from clapsep.fields import COLUMNS
 from tests.fuzz.audio_files import any_plain, damaged, lying, odd, plain
 from tests.fuzz.values import (
     CSV_HEADER,

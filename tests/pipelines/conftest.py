@@ -11,11 +11,11 @@ import soundfile
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from clapsep import bundle
+from clapsep import bundle, storage
 from clapsep.clap import Clap
 from clapsep.config import DecoderConfig, EncoderConfig, ModelConfig, TextConfig
 from clapsep.model import ClapSep
-from pipelines import separate, storage
+from pipelines import separate
 from pipelines.commits import read_committed
 
 RECORDINGS = Path(__file__).parents[2] / "manifests" / "audio"

@@ -8,9 +8,10 @@ from itertools import count
 
 import pytest
 
-from pipelines import commits, options, separate, shards, storage
+from clapsep import storage
+from clapsep.manifest import open_manifest, read_slice
+from pipelines import commits, options, separate, shards
 from pipelines.blocks import Entry, Packer
-from pipelines.manifest import open_manifest, read_slice
 from pipelines.options import Plan, Settings
 from pipelines.status import read_totals
 from pipelines.tables import read

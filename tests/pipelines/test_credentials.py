@@ -19,8 +19,8 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from clapsep import bundle
-from pipelines import separate, storage
+from clapsep import bundle, storage
+from pipelines import separate
 from tests.object_store import FORBIDDEN, FaultProxy, GcsStore, ObjectStore, S3Store, reached
 from tests.pipelines.conftest import run, tables, write_jsonl
 

@@ -12,9 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from clapsep import retry
+from clapsep import retry, storage
 from clapsep.audio import AudioWriter
-from pipelines import storage
 from tests.clapsep.recordings import noise
 from tests.object_store import CUT, LOST, RESET, UNAVAILABLE, FaultProxy, ObjectStore, Request, reached
 from tests.pipelines.conftest import RECORDINGS, assert_equals_local, run, tables

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.manifest import MOST_CARRIED, MOST_LEVELS, ManifestError, open_manifest
+from clapsep.manifest import MOST_CARRIED, MOST_LEVELS, ManifestError, open_manifest
 from pipelines.rows import MOST_ERROR_CHARACTERS, MOST_ID_CHARACTERS, RowError, file_name, parse_row
 from tests.pipelines.test_manifest import GOOD, rows_of
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import manifest as manifests
-from pipelines.manifest import ManifestError, open_manifest, read_slice
-from pipelines.rows import COLUMNS, UnreadableRecord, file_name, parse_row
+from clapsep import manifest as manifests
+from clapsep.fields import COLUMNS, UnreadableRecord
+from clapsep.manifest import ManifestError, open_manifest, read_slice
+from pipelines.rows import file_name, parse_row
 
 RECORDS = [
     {"id": "a", "mixture": "x/a.wav", "positive_text": "dog", "site": "roof, north", "start": "1.5"},

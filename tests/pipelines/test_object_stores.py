@@ -13,10 +13,9 @@ import pytest
 import soundfile
 import torch
 
-from clapsep import bundle
+from clapsep import bundle, storage
 from clapsep.audio import AudioError, Recording
 from clapsep.query import Query
-from pipelines import storage
 from tests.clapsep.recordings import noise
 from tests.object_store import LOST, FaultProxy, ObjectStore, Request, reached
 from tests.pipelines.conftest import assert_equals_local, run, tables, write_jsonl

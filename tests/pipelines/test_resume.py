@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from clapsep import bundle as bundles
-from pipelines import models, storage
+from clapsep import storage
+from pipelines import models
 from pipelines.commits import read_committed
 from tests.pipelines.conftest import files, run, tables, write_bundle, write_jsonl
 

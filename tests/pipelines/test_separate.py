@@ -326,7 +326,7 @@ def test_one_model_for_all_shards_and_runs_of_a_process(audio, random_bundle, tm
 def test_the_graph_is_a_straight_line():
     import apache_beam as beam
 
-    from pipelines.manifest import Manifest, Slice
+    from clapsep.manifest import Manifest, Slice
     from pipelines.options import Plan, Settings
 
     pipeline = beam.Pipeline(runner="FnApiRunner")

@@ -9,8 +9,7 @@ import threading
 import fsspec
 import pytest
 
-from clapsep import retry
-from pipelines import storage
+from clapsep import retry, storage
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -23,9 +23,9 @@ import soundfile
 import torch
 from apache_beam.runners.dask.overrides import dask_overrides
 
+from clapsep.manifest import open_manifest
 from pipelines import options
 from pipelines.graph import SeparateManifest
-from pipelines.manifest import open_manifest
 from pipelines.options import Plan, Settings
 from pipelines.runners import dask
 from pipelines.runners.dask_runner import DaskRunner

@@ -22,9 +22,9 @@ from typing import Any, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clapsep import storage
+from clapsep.fields import COLUMNS, UnreadableRecord, printable
 from clapsep.retry import RetriesExhaustedError
-from pipelines import storage
-from pipelines.rows import COLUMNS, UnreadableRecord, printable
 
 AUDIO_EXTENSIONS = (
     *(".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aiff", ".aif", ".aifc"),
