@@ -39,7 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
         command.add_argument("--learning-rate", type=float, default=1e-3)
 
-    fit.add_argument("--start", type=Path, help="weights of an earlier run to begin with")
+        command.add_argument("--start", help="bundle of an earlier default to begin with")
+
+    pretrain.add_argument("--text-steps", type=int, default=2500, help="steps of the text tower before")
+    fit.add_argument("--all-classes", action="store_true", help="also those that are not claimed")
 
     export = commands.add_parser("export", help="write the trained weights as a bundle")
     export.add_argument("--corpus", type=Path, required=True, help="for the attribution")
@@ -69,15 +72,21 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _pretrain(options: argparse.Namespace) -> None:
+    from clapsep import bundle
     from clapsep.config import MINI
     from clapsep.training import corpus, pretrain, vocabulary
-    from clapsep.training.tokens import build_tokenizer
 
     options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / pretrain.TOWERS).exists():
+        towers = pretrain.pretrain_text(MINI, vocabulary.all_wordings(), options.text_steps, options.seed)
+        pretrain.save_towers(*towers, options.work)
+    clap, tokenizer = pretrain.load_towers(MINI, options.work)
+    if options.start:
+        clap.audio_branch.load_state_dict(bundle.load(options.start).clap.audio_branch.state_dict())
     pretrain.pretrain(
         corpus.load(options.work / "corpus"),
-        MINI,
-        build_tokenizer(vocabulary.words(), MINI.text.max_tokens),
+        clap,
+        tokenizer,
         tuple(vocabulary.BY_NAME),
         options.work,
         steps=options.steps,
@@ -89,15 +98,16 @@ def _pretrain(options: argparse.Namespace) -> None:
 
 
 def _fit(options: argparse.Namespace) -> None:
-    from clapsep.training import corpus, export, fit, vocabulary
-    from clapsep.training.tokens import build_tokenizer
+    from clapsep import bundle
+    from clapsep.config import MINI
+    from clapsep.training import corpus, fit, pretrain, vocabulary
 
-    clap = export.load_towers(options.work)
+    clap, tokenizer = pretrain.load_towers(MINI, options.work)
     fit.fit(
         corpus.load(options.work / "corpus"),
         clap,
-        build_tokenizer(vocabulary.words(), clap.config.text.max_tokens),
-        vocabulary.CLAIMED,
+        tokenizer,
+        tuple(vocabulary.BY_NAME) if options.all_classes else vocabulary.CLAIMED,
         options.work,
         steps=options.steps,
         mask_steps=options.mask_steps,
@@ -105,7 +115,7 @@ def _fit(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         processes=options.processes,
         seed=options.seed,
-        start=options.start,
+        start=bundle.load(options.start) if options.start else None,
     )
 
 

@@ -102,6 +102,11 @@ class Sampler:
             if interference.group != target.group:
                 return target, interference
 
+    def absent(self, one: Clip, other: Clip) -> Clip | None:
+        """A clip of a class that may be opposed to those of both clips, where there is one."""
+        names = [name for name in self._opposed[one.coarse] if name in self._opposed[other.coarse]]
+        return self.clip(self.random.choice(names)) if names else None
+
     def window(self, clip: Clip) -> np.ndarray:
         """(frames,) float32: a stretch of the clip that is not much quieter than the clip as a whole.
 

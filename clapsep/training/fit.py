@@ -11,22 +11,25 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from clapsep.bundle import Bundle
 from clapsep.clap import Clap
 from clapsep.decoder import Film
 from clapsep.model import ClapSep
-from clapsep.training.corpus import Corpus
-from clapsep.training.data import NONE, Sampler
+from clapsep.query import Query, QueryError
+from clapsep.training.corpus import Clip, Corpus
+from clapsep.training.data import NONE, MixtureBatch, Sampler
 from clapsep.training.loop import cpu_trainer
-from clapsep.training.losses import mask_loss, separation_loss, si_snr
+from clapsep.training.losses import mask_loss, separation_loss, si_snr, silence_loss
 from clapsep.training.queries import QueryBank, conditions
 
 SEPARATOR = "separator.safetensors"
@@ -36,6 +39,11 @@ ONE_SIDED = 0.25
 
 MASK_LOSS_SCALE = 10.0
 """Brings the cross-entropy of a mask (about 0.6) to the size of a loss in dB."""
+
+ABSENT = 0.2
+"""Share of the second queries that ask for a class which is not in the mixture."""
+
+ABSENT_WEIGHT = 1.0
 
 VALIDATION_MIXTURES = 240
 
@@ -57,8 +65,42 @@ def initialise(model: ClapSep, clap: Clap) -> None:
                 nn.init.constant_(linear.bias, bias)
 
 
+def adopt(model: ClapSep, queries: QueryBank, earlier: Bundle) -> None:
+    """Begin with the separator of an earlier bundle, whose queries lie in another joint space.
+
+    The weights that read conditions are turned by the least-squares map from its text embeddings to the
+    present ones, over the phrases whose words it knows.
+    """
+    model.load_state_dict(earlier.model.state_dict())
+    known, old = [], []
+    for text in queries.texts:
+        try:
+            old.append(earlier.queries.conditions([Query(positive_text=text)])[0, : model.config.joint])
+        except QueryError:
+            continue
+        known.append(queries.texts[text])
+    turn = torch.linalg.lstsq(torch.stack(known), torch.stack(old), driver="gelsd").solution
+    for module in model.modules():
+        if isinstance(module, Film):
+            for linear in (module.gamma, module.beta):
+                sides = linear.weight.data.chunk(2, dim=1)
+                linear.weight.data = torch.cat([side @ turn.T for side in sides], dim=1)
+
+
+class Batch(NamedTuple):
+    """Mixtures (B, samples), and for each query (N of them) its mixture's number, target and condition."""
+
+    mixture: Tensor
+    index: Tensor
+    target: Tensor
+    condition: Tensor
+
+
 class MixtureBatches(IterableDataset):
-    """(mixture, target, condition) batches without end."""
+    """Batches without end. Two queries share the encoder's pass over a mixture: one for each of its sides.
+
+    In place of the second, a share `ABSENT` asks for what is not there: its target is silence.
+    """
 
     def __init__(self, sampler: Sampler, queries: QueryBank, batch: int, joint: int, seed: int) -> None:
         self.sampler = sampler
@@ -67,20 +109,44 @@ class MixtureBatches(IterableDataset):
         self.joint = joint
         self.random = random.Random(seed)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             drawn = self.sampler.mixtures(self.batch)
             # The larger of two draws: the text, which most users query by, weighs more than the audio.
             share = max(self.random.random(), self.random.random())
-            positive: list[Tensor | None] = [self.queries.side(clip, share) for clip in drawn.targets]
-            negative: list[Tensor | None] = [self.queries.side(clip, share) for clip in drawn.interferences]
-            for index in range(self.batch):
-                draw = self.random.random()
-                if draw < ONE_SIDED:
-                    negative[index] = None
-                elif draw < 2 * ONE_SIDED:
-                    positive[index] = None
-            yield drawn.mixture, drawn.target, conditions(positive, negative, self.joint)
+            first = [self._dropped(*self._sides(one, other, share)) for one, other in _pairs(drawn)]
+            rest = drawn.mixture - drawn.target
+            second = []
+            for number, (one, other) in enumerate(_pairs(drawn)):
+                absent = self.sampler.absent(one, other) if self.random.random() < ABSENT else None
+                if absent is None:
+                    second.append(self._dropped(*self._sides(other, one, share)))
+                else:
+                    rest[number] = 0.0
+                    negative = self.queries.side(self.random.choice((one, other)), share)
+                    second.append(
+                        (self.queries.side(absent, share), negative if self.random.random() < 0.5 else None)
+                    )
+            positive, negative = zip(*first, *second, strict=True)
+            yield Batch(
+                drawn.mixture,
+                torch.arange(self.batch).repeat(2),
+                torch.cat([drawn.target, rest]),
+                conditions(positive, negative, self.joint),
+            )
+
+    def _sides(self, positive: Clip, negative: Clip, share: float) -> tuple[Tensor, Tensor]:
+        return self.queries.side(positive, share), self.queries.side(negative, share)
+
+    def _dropped(self, positive: Tensor, negative: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        draw = self.random.random()
+        if draw < ONE_SIDED:
+            return positive, None
+        return (None, negative) if draw < 2 * ONE_SIDED else (positive, negative)
+
+
+def _pairs(drawn: MixtureBatch) -> list[tuple[Clip, Clip]]:
+    return list(zip(drawn.targets, drawn.interferences, strict=True))
 
 
 class SeparatorTraining(lightning.LightningModule):
@@ -93,20 +159,30 @@ class SeparatorTraining(lightning.LightningModule):
         self.mask_steps = mask_steps
         self.learning_rate = learning_rate
 
-    def training_step(self, batch: tuple[Tensor, Tensor, Tensor], index: int) -> Tensor:
-        mixture, target, condition = batch
-        features = self.model.features(mixture)
-        mask = self.model.mask(features, condition).float()
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        batch = Batch(*batch)
+        features = self.model.features(batch.mixture)
+        decoder = self.model.decoder_model
+        inputs = decoder.prepare(features.magnitude, features.encoder).at(batch.index)
+        mask = decoder(inputs, batch.condition).float()
+        mixture = batch.mixture[batch.index]
+        present = batch.target.abs().amax(-1) > 0
         fade = max(0.0, 1.0 - self.global_step / self.mask_steps) if self.mask_steps else 0.0
         loss = mixture.new_zeros(())
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(mixture.device.type, enabled=False):
             if fade > 0:
-                wanted, rest = (self.model.stft(audio).abs() for audio in (target, mixture - target))
-                cross_entropy = mask_loss(mask, wanted, rest)
-                loss = loss + fade * MASK_LOSS_SCALE * cross_entropy
+                wanted, rest = (
+                    self.model.stft(audio).abs() for audio in (batch.target, mixture - batch.target)
+                )
+                loss = loss + fade * MASK_LOSS_SCALE * mask_loss(mask, wanted, rest)
             if fade < 1:
-                estimate = self.model.stft.inverse(features.spectrum * mask, mixture.shape[-1])
-                separation = separation_loss(estimate, target)
+                spectrum = features.spectrum[batch.index]
+                estimate = self.model.stft.inverse(spectrum * mask, mixture.shape[-1])
+                separation = separation_loss(estimate[present], batch.target[present])
+                if not present.all():
+                    separation = separation + ABSENT_WEIGHT * (~present).float().mean() * silence_loss(
+                        estimate[~present], mixture[~present]
+                    )
                 loss = loss + (1 - fade) * separation
         return loss
 
@@ -153,18 +229,16 @@ def fit(
     processes: int = 2,
     validate_every: int = 400,
     seed: int = 1,
-    start: Path | None = None,
+    start: Bundle | None = None,
 ) -> Path:
     """Train for `steps` steps of `processes * batch` mixtures; returns `folder/separator.safetensors`.
 
     The weights written are the averaged ones. A `last.ckpt` that is already in `folder` is resumed.
-    `start` names weights of an earlier run to begin with.
+    `start` is an earlier default to begin with.
     """
     lightning.seed_everything(seed, verbose=False)
     model = ClapSep(clap.config)
     initialise(model, clap)
-    if start is not None:
-        model.load_state_dict(load_file(start))
     runner = cpu_trainer(
         folder,
         steps,
@@ -185,6 +259,8 @@ def fit(
     window = clap.config.window_samples
     clips = [clip for found in corpus.of("train", names).values() for clip in found]
     queries = QueryBank(clap, tokenizer, Sampler(corpus, "train", names, window, seed), clips, rank_seed)
+    if start is not None:
+        adopt(model, queries, start)
     sampler = Sampler(corpus, "train", names, window, rank_seed)
     batches = MixtureBatches(sampler, queries, batch, clap.config.joint, rank_seed)
     held_out = Sampler(corpus, "validation", names, window, 77 + runner.global_rank, NONE)

@@ -1,15 +1,18 @@
-"""Contrastive pre-training of the two small CLAP towers on the training split."""
+"""Pre-training of the two small CLAP towers on the training split.
+
+The text tower is distilled first (`text_tower`) and then stays as it is; the audio tower learns to meet it.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import lightning
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -23,12 +26,13 @@ from clapsep.training.data import NONE, Sampler
 from clapsep.training.loop import cpu_trainer
 from clapsep.training.losses import contrastive_loss
 from clapsep.training.queries import embed_windows, phrase
-from clapsep.training.tokens import tokens
+from clapsep.training.text_tower import Lesson, distil
+from clapsep.training.tokens import build_tokenizer, tokens
 
-TOWERS = "towers.safetensors"
+TOWERS, TOKENIZER = "towers.safetensors", "tokenizer.json"
 FIRST_TEMPERATURE = 0.1
 BACKGROUND_SHARE = 0.5
-SPREAD_STEPS = 100
+PHRASES = 30_000
 
 
 class ClipBatches(IterableDataset):
@@ -64,41 +68,16 @@ def _wording(text: str) -> str:
     return text.removeprefix("sound of ").removesuffix(" sounds").removesuffix(" sound")
 
 
-def spread_texts(clap: Clap, tokenizer: Tokenizer, names: tuple[str, ...], steps: int, seed: int) -> None:
-    """Draw phrases of one recording together and all others apart, without audio.
-
-    A fresh text tower gives every text nearly one embedding (cosine 0.99), from which the audio tower
-    learns nothing for a thousand steps; fifty of these steps, each a few milliseconds, spread them.
-    """
-    choose = random.Random(seed)
-    parameters = [*clap.text_branch.parameters(), *clap.text_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 1e-3)
-    for _ in range(steps):
-        members = [choose.choice(list(vocabulary.BY_NAME[name].members)) for name in names * 4]
-        coarse = [vocabulary.COARSE_OF[member] for member in members]
-        alike = torch.tensor(
-            [
-                [0.5 * (one == other) + 0.5 * (c == d) for other, d in zip(members, coarse, strict=True)]
-                for one, c in zip(members, coarse, strict=True)
-            ]
-        )
-        left, right = (
-            clap.embed_text(*tokens(tokenizer, [phrase(member, choose) for member in members]))
-            for _ in range(2)
-        )
-        optimizer.zero_grad()
-        contrastive_loss(left, right, alike, torch.tensor(10.0)).backward()
-        optimizer.step()
-
-
 class TowerTraining(lightning.LightningModule):
-    """Symmetric InfoNCE between windows and texts."""
+    """Symmetric InfoNCE between windows and texts; the text tower is given."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, steps: int, learning_rate: float) -> None:
+    def __init__(self, clap: Clap, tokenizer: Tokenizer, steps: int, learning_rate: float) -> None:
         super().__init__()
-        self.clap = Clap(config)
+        self.clap = clap
+        for module in (clap.text_branch, clap.text_projection):
+            module.requires_grad_(False)
         self.tokenizer = tokenizer
-        self.resampler = Resampler(SAMPLE_RATE, config.encoder.spectrogram.sample_rate)
+        self.resampler = Resampler(SAMPLE_RATE, clap.config.encoder.spectrogram.sample_rate)
         self.log_scale = torch.nn.Parameter(torch.tensor(math.log(1 / FIRST_TEMPERATURE)))
         self.steps = steps
         self.learning_rate = learning_rate
@@ -113,12 +92,9 @@ class TowerTraining(lightning.LightningModule):
 
     def configure_optimizers(self):
         audio = [*self.clap.audio_branch.parameters(), *self.clap.audio_projection.parameters()]
-        text = [*self.clap.text_branch.parameters(), *self.clap.text_projection.parameters()]
-        rates = [self.learning_rate, 0.1 * self.learning_rate, self.learning_rate]
-        groups = [{"params": audio}, {"params": text}, {"params": [self.log_scale]}]
-        optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=0.02)
+        optimizer = torch.optim.AdamW([*audio, self.log_scale], self.learning_rate, weight_decay=0.02)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, self.steps, pct_start=0.1, div_factor=10, final_div_factor=50
+            optimizer, self.learning_rate, self.steps, pct_start=0.1, div_factor=10, final_div_factor=50
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -142,9 +118,19 @@ def retrieval_accuracy(clap: Clap, tokenizer: Tokenizer, sampler: Sampler, count
     return sum(sampler.names[i] == name for i, name in zip(nearest, names, strict=True)) / count
 
 
+def pretrain_text(
+    config: ModelConfig, wordings: Mapping[str, Sequence[str]], steps: int, seed: int
+) -> tuple[Clap, Tokenizer]:
+    """Fresh towers, the text one distilled for `steps` steps, and the tokenizer that goes with it."""
+    lesson = Lesson.prepare(wordings, config.joint, PHRASES, seed)
+    clap, tokenizer = Clap(config), build_tokenizer(lesson.vocabulary, config.text.max_tokens)
+    distil(clap, tokenizer, lesson, steps=steps, seed=seed)
+    return clap, tokenizer
+
+
 def pretrain(
     corpus: Corpus,
-    config: ModelConfig,
+    clap: Clap,
     tokenizer: Tokenizer,
     names: tuple[str, ...],
     folder: Path,
@@ -154,20 +140,30 @@ def pretrain(
     learning_rate: float = 1e-3,
     processes: int = 2,
     seed: int = 1,
-) -> Path:
-    """Train for `steps` steps of `processes * batch` clips; returns `folder/towers.safetensors`."""
+) -> None:
+    """Train the audio tower for `steps` steps of `processes * batch` clips; writes both into `folder`."""
     lightning.seed_everything(seed, verbose=False)
-    module = TowerTraining(config, tokenizer, steps, learning_rate)
-    spread_texts(module.clap, tokenizer, names, SPREAD_STEPS, seed)
+    module = TowerTraining(clap, tokenizer, steps, learning_rate)
     trainer = cpu_trainer(folder, steps, processes, clip=1.0, report_every=20, enable_checkpointing=False)
     rank_seed = seed + 1000 * trainer.global_rank
-    sampler = Sampler(corpus, "train", names, config.window_samples, rank_seed)
+    sampler = Sampler(corpus, "train", names, clap.config.window_samples, rank_seed)
     trainer.fit(module, DataLoader(ClipBatches(sampler, batch, rank_seed), batch_size=None))
-    path = folder / TOWERS
     if trainer.is_global_zero:
-        held_out = Sampler(corpus, "validation", names, config.window_samples, 7, NONE)
-        accuracy = retrieval_accuracy(module.clap, tokenizer, held_out, 480)
+        held_out = Sampler(corpus, "validation", names, clap.config.window_samples, 7, NONE)
+        accuracy = retrieval_accuracy(clap, tokenizer, held_out, 480)
         print(f"held-out retrieval accuracy {accuracy:.3f} of {len(held_out.names)} classes", flush=True)
-        save_file(module.clap.state_dict(), path)
+        save_towers(clap, tokenizer, folder)
     trainer.strategy.barrier()
-    return path
+
+
+def save_towers(clap: Clap, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the towers and their tokenizer."""
+    tokenizer.save(str(folder / TOKENIZER))
+    save_file(clap.state_dict(), folder / TOWERS)
+
+
+def load_towers(config: ModelConfig, folder: Path) -> tuple[Clap, Tokenizer]:
+    """The towers that `pretrain` left in `folder`. Raises FileNotFoundError where there are none."""
+    clap = Clap(config)
+    clap.load_state_dict(load_file(folder / TOWERS))
+    return clap, Tokenizer.from_file(str(folder / TOKENIZER))
