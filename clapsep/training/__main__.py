@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.add_argument("--start", help="bundle of an earlier default to begin with")
 
     pretrain.add_argument("--text-steps", type=int, default=2500, help="steps of the text tower before")
+    pretrain.add_argument("--phrases", type=int, default=30_000, help="that the text tower is taught")
+    pretrain.add_argument("--words", type=int, help="most words of the teacher; all without")
     fit.add_argument("--all-classes", action="store_true", help="also those that are not claimed")
 
     export = commands.add_parser("export", help="write the trained weights as a bundle")
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a bundle on the committed test mixtures")
     evaluate.add_argument("--bundle", type=Path, help="default: the embedded one")
     evaluate.add_argument("--records", type=Path, help="write one line per mixture here (CSV)")
+    evaluate.add_argument("--validation", action="store_true", help="draw validation mixtures instead")
     evaluate.add_argument("--card", action="store_true", help="write the table into the bundle's card")
 
     options = parser.parse_args(arguments)
@@ -75,11 +78,16 @@ def _pretrain(options: argparse.Namespace) -> None:
     from clapsep import bundle
     from clapsep.config import MINI
     from clapsep.training import corpus, pretrain, vocabulary
+    from clapsep.training.text_tower import Lesson
 
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / pretrain.TOWERS).exists():
-        towers = pretrain.pretrain_text(MINI, vocabulary.all_wordings(), options.text_steps, options.seed)
-        pretrain.save_towers(*towers, options.work)
+        lesson = Lesson.prepare(
+            vocabulary.all_wordings(), MINI.joint, options.phrases, options.seed, options.words
+        )
+        pretrain.save_towers(
+            *pretrain.pretrain_text(MINI, lesson, options.text_steps, options.seed), options.work
+        )
     clap, tokenizer = pretrain.load_towers(MINI, options.work)
     if options.start:
         clap.audio_branch.load_state_dict(bundle.load(options.start).clap.audio_branch.state_dict())
@@ -129,7 +137,7 @@ def _list(options: argparse.Namespace) -> None:
     from clapsep.training import corpus, evaluate, vocabulary
 
     prepared = corpus.load(options.work / "corpus")
-    rows = evaluate.draw_test_list(prepared, vocabulary.CLAIMED, options.per_class, options.seed)
+    rows = evaluate.draw(prepared, vocabulary.CLAIMED, options.per_class, options.seed)
     evaluate.write_test_list(rows)
     print(f"{len(rows)} test mixtures in {evaluate.TEST_LIST}")
 
@@ -138,11 +146,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     import csv
 
     from clapsep import bundle
-    from clapsep.training import corpus, evaluate, export
+    from clapsep.training import corpus, evaluate, export, vocabulary
 
     loaded = bundle.load(str(options.bundle) if options.bundle else None)
-    rows = evaluate.read_test_list()
-    records = evaluate.evaluate(loaded, corpus.load(options.work / "corpus"), rows)
+    prepared = corpus.load(options.work / "corpus")
+    if options.validation:
+        rows = evaluate.draw(prepared, tuple(vocabulary.BY_NAME), 12, options.seed, "validation")
+    else:
+        rows = evaluate.read_test_list()
+    records = evaluate.evaluate(loaded, prepared, rows, "validation" if options.validation else "test")
     summary = evaluate.summarise(records)
     print(evaluate.table(summary))
     if options.records:

@@ -34,6 +34,7 @@ from clapsep.training.corpus import SAMPLE_RATE, Corpus
 from clapsep.training.data import NONE, Sampler
 from clapsep.training.losses import si_snr
 from clapsep.training.queries import conditions, embed_windows
+from clapsep.training.split import Split
 
 SECONDS = 5.0
 EXAMPLES = (1, 5, 10)
@@ -67,9 +68,11 @@ class TestMixture:
     seed: int
 
 
-def draw_test_list(corpus: Corpus, names: tuple[str, ...], per_class: int, seed: int) -> list[TestMixture]:
-    """`per_class` test mixtures for every coarse class of `names` as target."""
-    sampler = Sampler(corpus, "test", names, round(SECONDS * SAMPLE_RATE), seed, NONE)
+def draw(
+    corpus: Corpus, names: tuple[str, ...], per_class: int, seed: int, split: Split = "test"
+) -> list[TestMixture]:
+    """`per_class` mixtures of `split` for every coarse class of `names` as target."""
+    sampler = Sampler(corpus, split, names, round(SECONDS * SAMPLE_RATE), seed, NONE)
     choose = random.Random(seed)
     rows = []
     for name in sampler.names:
@@ -136,13 +139,13 @@ def oracle(mixture: Tensor, target: Tensor, stft: Stft) -> Tensor:
 
 
 class _Examples:
-    """Audio embeddings of test recordings, one window of each, and their averages by class."""
+    """Audio embeddings of recordings of a split, one window of each, and their averages by class."""
 
-    def __init__(self, bundle: Bundle, corpus: Corpus, seed: int) -> None:
+    def __init__(self, bundle: Bundle, corpus: Corpus, split: Split, seed: int) -> None:
         self._bundle = bundle
         self._resampler = Resampler(SAMPLE_RATE, bundle.model.config.encoder.spectrogram.sample_rate)
-        self._sampler = Sampler(corpus, "test", (), bundle.model.window, seed, NONE)
-        self._clips = corpus.of("test")
+        self._sampler = Sampler(corpus, split, (), bundle.model.window, seed, NONE)
+        self._clips = corpus.of(split)
         self._known: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -155,7 +158,7 @@ class _Examples:
                 window = torch.from_numpy(self._sampler.window(clip))[None]
                 self._known[clip.name] = embed_windows(self._bundle.clap, window, self._resampler)[0]
         if not clips:
-            raise ValueError(f"class {name!r} has no test recording outside {sorted(groups)}")
+            raise ValueError(f"class {name!r} has no other recording than those of {sorted(groups)}")
         return normalize(torch.stack([self._known[clip.name] for clip in clips[:count]]).mean(0), dim=-1)
 
 
@@ -176,7 +179,9 @@ class _Measure:
         self._parts.clear()
 
 
-def evaluate(bundle: Bundle, corpus: Corpus, rows: Sequence[TestMixture]) -> list[dict[str, Any]]:
+def evaluate(
+    bundle: Bundle, corpus: Corpus, rows: Sequence[TestMixture], split: Split = "test"
+) -> list[dict[str, Any]]:
     """One record per mixture: classes, sources, and for every way to ask the SI-SDR improvement in dB.
 
     `both` is queried by both texts, `positive` and `negative` by one of them, `audio_N` by averages of N
@@ -184,7 +189,7 @@ def evaluate(bundle: Bundle, corpus: Corpus, rows: Sequence[TestMixture]) -> lis
     is not there leaves, relative to the mixture's, in dB.
     """
     records: dict[str, dict[str, Any]] = {}
-    examples = _Examples(bundle, corpus, 0)
+    examples = _Examples(bundle, corpus, split, 0)
 
     def jobs() -> Iterator[Job]:
         for number, (row, (mixture, target)) in enumerate(zip(rows, render(corpus, rows), strict=True)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
@@ -32,7 +32,6 @@ from clapsep.training.tokens import build_tokenizer, tokens
 TOWERS, TOKENIZER = "towers.safetensors", "tokenizer.json"
 FIRST_TEMPERATURE = 0.1
 BACKGROUND_SHARE = 0.5
-PHRASES = 30_000
 
 
 class ClipBatches(IterableDataset):
@@ -118,11 +117,9 @@ def retrieval_accuracy(clap: Clap, tokenizer: Tokenizer, sampler: Sampler, count
     return sum(sampler.names[i] == name for i, name in zip(nearest, names, strict=True)) / count
 
 
-def pretrain_text(
-    config: ModelConfig, wordings: Mapping[str, Sequence[str]], steps: int, seed: int
-) -> tuple[Clap, Tokenizer]:
+def pretrain_text(config: ModelConfig, lesson: Lesson, steps: int, seed: int) -> tuple[Clap, Tokenizer]:
     """Fresh towers, the text one distilled for `steps` steps, and the tokenizer that goes with it."""
-    lesson = Lesson.prepare(wordings, config.joint, PHRASES, seed)
+    lightning.seed_everything(seed, verbose=False)
     clap, tokenizer = Clap(config), build_tokenizer(lesson.vocabulary, config.text.max_tokens)
     distil(clap, tokenizer, lesson, steps=steps, seed=seed)
     return clap, tokenizer

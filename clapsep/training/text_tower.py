@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clapsep.clap import Clap
@@ -182,15 +182,25 @@ class Lesson:
     named_aims: Tensor
 
     @classmethod
-    def prepare(cls, wordings: Mapping[str, Sequence[str]], joint: int, count: int, seed: int) -> Lesson:
-        """`count` phrases, and every wording in every template, embedded by the teacher and mapped."""
+    def prepare(
+        cls,
+        wordings: Mapping[str, Sequence[str]],
+        joint: int,
+        count: int,
+        seed: int,
+        most_words: int | None = None,
+    ) -> Lesson:
+        """The teacher's words (at most `most_words`), `count` phrases of them, and every wording in every
+        template, embedded by the teacher and mapped.
+        """
         teacher = Teacher()
         by_class = {name: teacher.embed(texts) for name, texts in wordings.items()}
         space = JointSpace(by_class, joint)
         entries = teacher.entries
-        words = [entry for entry in entries if not entry.startswith("##")]
+        words = [entry for entry in entries if not entry.startswith("##")][:most_words]
         anchors = torch.cat([*by_class.values(), teacher.embed(SOUNDS)])
-        nearness = (teacher.embed(words) @ anchors.T).amax(1)
+        words_embedded = teacher.embed(words)
+        nearness = (words_embedded @ anchors.T).amax(1)
         near = [words[i] for i in nearness.argsort(descending=True)[:WHOLE_WORDS].tolist()]
         taught = (*SOUNDS, *PHRASES, *TEMPLATES, *(text for texts in wordings.values() for text in texts))
         needed = sorted({word for text in taught for word in WORD.findall(text)})
@@ -198,12 +208,12 @@ class Lesson:
         letters = [prefix + letter for letter in string.ascii_lowercase for prefix in ("", "##")]
         pieces = [entry for entry in entries if entry.startswith("##")]
         spelled = list(dict.fromkeys([*letters, *pieces]))[:PIECES]
-        texts = [*words, *phrases(words, near[:NEAR_WORDS], count, seed)]
+        made = phrases(words, near[:NEAR_WORDS], count, seed)
         named = sorted({t.format(text) for group in wordings.values() for text in group for t in TEMPLATES})
         return cls(
             tuple(dict.fromkeys([*whole, *spelled])),
-            tuple(texts),
-            space(teacher.embed(texts)),
+            (*words, *made),
+            space(torch.cat([words_embedded, teacher.embed(made)])),
             tuple(named),
             space(teacher.embed(named)),
         )
@@ -213,6 +223,7 @@ def distil(
     clap: Clap, tokenizer: Tokenizer, lesson: Lesson, *, steps: int, batch: int = 192, seed: int = 1
 ) -> None:
     """Train the text branch and the text projection of `clap`; a quarter of each batch are wordings."""
+    _begin(clap.text_branch.embeddings, tokenizer, lesson)
     parameters = [*clap.text_branch.parameters(), *clap.text_projection.parameters()]
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.1)
@@ -232,6 +243,19 @@ def distil(
         if step % 200 == 0:
             print(f"text tower: step {step}/{steps}, 1 - cosine {loss.item():.3f}", flush=True)
     clap.eval()
+
+
+@torch.no_grad()
+def _begin(embeddings: nn.Module, tokenizer: Tokenizer, lesson: Lesson) -> None:
+    """Words begin as what they mean by themselves, louder than where they stand."""
+    table = embeddings.word_embeddings.weight
+    width = min(table.shape[1], lesson.aims.shape[1])
+    known = tokenizer.get_vocab()
+    for text, aim in zip(lesson.texts, lesson.aims, strict=True):
+        if text in known:
+            table[known[text], :width] = aim[:width] * width**0.5
+    embeddings.position_embeddings.weight.mul_(0.1)
+    embeddings.token_type_embeddings.weight.mul_(0.1)
 
 
 @torch.no_grad()

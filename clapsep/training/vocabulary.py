@@ -291,6 +291,9 @@ UNSEEN: Mapping[str, tuple[str, ...]] = {
 CLAIMED: tuple[str, ...] = tuple(coarse.name for coarse in CLASSES if coarse.name != "footsteps")
 """The classes that the shipped bundle claims; the words of the others are refused as unfamiliar."""
 
+WEIGHTS: Mapping[str, float] = {"speech": 2.0}
+"""How often a class is drawn for a mixture; 1 where it is not named. Speech is what most corpora hold."""
+
 BY_NAME: Mapping[str, CoarseClass] = {coarse.name: coarse for coarse in CLASSES}
 COARSE_OF: Mapping[str, str] = {member: coarse.name for coarse in CLASSES for member in coarse.members}
 
