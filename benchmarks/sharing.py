@@ -115,7 +115,7 @@ def _hold(plan: Plan, barrier: Barrier) -> None:
 
 def _seconds(model: models.WorkerModel, number: int) -> float:
     noise = np.random.default_rng(number).standard_normal((BATCH_WINDOWS, model.facts.window), np.float32)
-    condition = model.condition(models.Query([QUERY])).expand(BATCH_WINDOWS, -1)
+    condition = model.embed(models.Query([QUERY])).condition.expand(BATCH_WINDOWS, -1)
     index = np.arange(BATCH_WINDOWS)
     began = time.perf_counter()
     stems = model.engine.separate_windows(model.engine.model, noise, index, condition, 1)

@@ -197,7 +197,7 @@ MINI = ModelConfig(
     joint=128,
     encoder=EncoderConfig(spec_size=128, embed=32, depths=(2, 2, 4, 1), heads=(2, 4, 8, 16)),
     text=TextConfig(
-        vocabulary=256, width=128, layers=2, heads=4, feed_forward=256, positions=34, max_tokens=32
+        vocabulary=5504, width=128, layers=2, heads=4, feed_forward=256, positions=34, max_tokens=32
     ),
     decoder=DecoderConfig(masker_width=256, masker_layers=1),
 )

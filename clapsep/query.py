@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import fsspec
@@ -96,31 +96,14 @@ class QueryEncoder:
 
         Raises QueryError for text that is too long or unfamiliar, AudioError for an unreadable recording.
         """
-        text_keys: dict[str, tuple[str, ...]] = {}
-        audio_keys: dict[str, tuple[str, ...]] = {}
-        for query in queries:
-            for text in query.positive_text + query.negative_text:
-                text_keys[text] = ("text", text)
-            for uri in query.positive_audio + query.negative_audio:
-                if uri not in audio_keys:
-                    audio_keys[uri] = ("audio", uri, _version(uri))
-        found = self._recall([*text_keys.values(), *audio_keys.values()])
+        texts = self._texts([text for q in queries for text in q.positive_text + q.negative_text])
+        recordings = self._recordings([uri for q in queries for uri in q.positive_audio + q.negative_audio])
 
-        missing_texts = [text for text, key in text_keys.items() if key not in found]
-        for first in range(0, len(missing_texts), TEXT_BATCH):
-            texts = missing_texts[first : first + TEXT_BATCH]
-            for text, embedding in zip(texts, self._embed_texts(texts), strict=True):
-                found[text_keys[text]] = embedding
-        for uri, key in audio_keys.items():
-            if key not in found:
-                found[key] = self._embed_recording(uri)
-        self._remember(found)
-
-        def side(texts: tuple[str, ...], uris: tuple[str, ...]) -> Tensor:
+        def side(asked: tuple[str, ...], uris: tuple[str, ...]) -> Tensor:
             total = torch.zeros(self.config.joint, device=self.device)
-            for keys in ([text_keys[text] for text in texts], [audio_keys[uri] for uri in uris]):
-                if keys:
-                    total = total + torch.stack([found[key] for key in keys]).mean(dim=0)
+            for found in ([texts[text] for text in asked], [recordings[uri] for uri in uris]):
+                if found:
+                    total = total + torch.stack(found).mean(dim=0)
             return total
 
         rows = [
@@ -138,6 +121,23 @@ class QueryEncoder:
         if self.config.condition_normalize:
             condition = torch.nn.functional.normalize(condition, dim=-1)
         return condition
+
+    @torch.no_grad()
+    def familiarity(self, query: Query) -> float | None:
+        """How near the query's wording is to what the model was trained on: -1..1, 1 for a text of it.
+
+        Of each text the cosine to the nearest text of the vocabulary, of the query that of its farthest text.
+        None for a query without text, and for a model whose card lists no vocabulary.
+
+        Raises QueryError for text that is too long or unfamiliar.
+        """
+        texts = query.positive_text + query.negative_text
+        if not texts or not self.vocabulary:
+            return None
+        known = torch.stack(list(self._texts(self.vocabulary).values()))
+        asked = torch.stack(list(self._texts(texts).values()))
+        # What shares a batch with a text may change its embedding's last bits.
+        return round((asked @ known.T).amax(dim=1).min().clamp(-1.0, 1.0).item(), 4)
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +177,22 @@ class QueryEncoder:
             mask[row, : len(encoding.ids)] = 1
         return ids, mask
 
+    def _texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        found = self._recall({text: ("text", text) for text in texts})
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        for first in range(0, len(missing), TEXT_BATCH):
+            batch = missing[first : first + TEXT_BATCH]
+            found.update(zip(batch, self._embed_texts(batch), strict=True))
+        self._remember({("text", text): found[text] for text in missing})
+        return found
+
+    def _recordings(self, uris: Sequence[str]) -> dict[str, Tensor]:
+        keys = {uri: ("audio", uri, _version(uri)) for uri in dict.fromkeys(uris)}
+        found = self._recall(keys)
+        missing = {uri: self._embed_recording(uri) for uri in keys if uri not in found}
+        self._remember({keys[uri]: embedding for uri, embedding in missing.items()})
+        return found | missing
+
     def _embed_texts(self, texts: Sequence[str]) -> Tensor:
         ids, mask = self.tokens(texts)
         return self.clap.embed_text(ids.to(self.device), mask.to(self.device))
@@ -203,11 +219,11 @@ class QueryEncoder:
         waveform = torch.from_numpy(int16_round_trip(np.stack(batch)))
         return self.clap.embed_audio(waveform.to(self.device)).sum(dim=0)
 
-    def _recall(self, keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], Tensor]:
+    def _recall(self, keys: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
         with self._lock:
-            found = {key: self._cache[key] for key in keys if key in self._cache}
-            for key in found:
-                self._cache.move_to_end(key)
+            found = {name: self._cache[key] for name, key in keys.items() if key in self._cache}
+            for name in found:
+                self._cache.move_to_end(keys[name])
         return found
 
     def _remember(self, embeddings: dict[tuple[str, ...], Tensor]) -> None:

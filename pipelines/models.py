@@ -48,15 +48,22 @@ class Facts(NamedTuple):
     batch_windows: int
 
 
+class EmbeddedQuery(NamedTuple):
+    """A query's condition, (condition_dim,), and its familiarity as `QueryEncoder.familiarity` has it."""
+
+    condition: Tensor
+    familiarity: float | None
+
+
 @dataclass(eq=False)
 class WorkerModel:
-    """The model as a shard sees it, wherever it is: its engine, and `condition` to embed a query.
+    """The model as a shard sees it, wherever it is: its engine, and `embed` for queries.
 
-    `condition` raises QueryError and AudioError.
+    `embed` raises QueryError and AudioError.
     """
 
     engine: Engine
-    condition: Callable[[Query], Tensor]
+    embed: Callable[[Query], EmbeddedQuery]
     facts: Facts
 
 
@@ -84,7 +91,11 @@ def load_separator(plan: Plan) -> Separator:
 
 def worker_model(separator: Separator) -> WorkerModel:
     """A separator of this process as the model of its worker."""
-    return WorkerModel(separator.engine, separator.condition, facts_of(separator))
+
+    def embed(query: Query) -> EmbeddedQuery:
+        return EmbeddedQuery(separator.condition(query), separator.bundle.queries.familiarity(query))
+
+    return WorkerModel(separator.engine, embed, facts_of(separator))
 
 
 def facts_of(separator: Separator) -> Facts:
@@ -115,9 +126,10 @@ class MachineModel:
     def facts(self) -> Facts:
         return facts_of(self._separator)
 
-    def condition(self, query: Query) -> np.ndarray:
-        """(condition_dim,) float32."""
-        return self._separator.condition(query).cpu().numpy()
+    def embed(self, query: Query) -> tuple[np.ndarray, float | None]:
+        """As `EmbeddedQuery`, float32."""
+        condition, familiarity = worker_model(self._separator).embed(query)
+        return condition.cpu().numpy(), familiarity
 
     def separate_windows(
         self, mixture: np.ndarray, index: np.ndarray, condition: np.ndarray, calls: int
@@ -186,7 +198,12 @@ def _machine_model(plan: Plan) -> WorkerModel:
         batch_windows=facts.batch_windows,
         separate_windows=run,
     )
-    return WorkerModel(engine, lambda query: torch.from_numpy(call("condition", query)), facts)
+
+    def embed(query: Query) -> EmbeddedQuery:
+        condition, familiarity = call("embed", query)
+        return EmbeddedQuery(torch.from_numpy(condition), familiarity)
+
+    return WorkerModel(engine, embed, facts)
 
 
 def _recipe(plan: Plan) -> tuple[Any, ...]:

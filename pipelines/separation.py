@@ -34,7 +34,7 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
     Raises BundleError or DeviceError where the model cannot be loaded.
     """
     model = acquire(plan)
-    jobs, failed = _jobs(rows, shard, plan, model)
+    jobs, familiarity, failed = _jobs(rows, shard, plan, model)
     PROGRESS.add(errors=len(failed))
     by_id = {row.id: row for row in rows}
     metrics: dict[str, dict[str, Any]] = {}
@@ -42,7 +42,8 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
     for result in run:
         row = by_id[result.key]
         if result.error is None:
-            metrics[row.id] = _metrics_row(row, shard, plan, model.facts, result.value)
+            measured = {**result.value, "query_familiarity": familiarity[row.id]}
+            metrics[row.id] = _metrics_row(row, shard, plan, model.facts, measured)
             PROGRESS.add(separated=1, finished_seconds=result.value["duration_s"])
         else:
             value = row.mixture or f"{row.target}; {row.interference}"
@@ -51,15 +52,20 @@ def separate_rows(rows: Sequence[Row], shard: Shard, plan: Plan) -> Separated:
     return Separated([metrics[name] for name in by_id if name in metrics], failed, run.stats)
 
 
-def _jobs(rows: Sequence[Row], shard: Shard, plan: Plan, model: WorkerModel) -> tuple[list[Job], list[Row]]:
-    """A job for each recording with a request for each of its rows; and the rows whose query is refused."""
+def _jobs(
+    rows: Sequence[Row], shard: Shard, plan: Plan, model: WorkerModel
+) -> tuple[list[Job], dict[str, float | None], list[Row]]:
+    """A job for each recording with a request for each of its rows, whose queries are so familiar by id; and
+    the rows whose query is refused.
+    """
+    familiarity: dict[str, float | None] = {}
     sources: dict[tuple[object, ...], Callable[[], Source]] = {}
     requests: defaultdict[tuple[object, ...], list[Request]] = defaultdict(list)
     refused = []
     for row in rows:
         try:
             query = Query(**{column: getattr(row, column) for column in QUERY_COLUMNS})
-            condition = model.condition(query)
+            condition, familiarity[row.id] = model.embed(query)
         except (QueryError, AudioError) as error:
             value = "; ".join(text for column in QUERY_COLUMNS for text in getattr(row, column))
             refused.append(row.fail(describe("query", error, value)))
@@ -68,7 +74,8 @@ def _jobs(rows: Sequence[Row], shard: Shard, plan: Plan, model: WorkerModel) -> 
         sources.setdefault(decoded.key, decoded.source)
         sink = partial(StemSink, row, plan, shard)
         requests[decoded.key].append(Request(row.id, condition, sink, decoded.own_target()))
-    return [Job(source, tuple(requests[key])) for key, source in sources.items()], refused
+    jobs = [Job(source, tuple(requests[key])) for key, source in sources.items()]
+    return jobs, familiarity, refused
 
 
 def _metrics_row(

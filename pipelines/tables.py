@@ -34,6 +34,11 @@ _METRICS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("negative_text", _TEXTS, "texts of what was removed"),
     ("positive_audio", _TEXTS, "URIs of examples of what was kept"),
     ("negative_audio", _TEXTS, "URIs of examples of what was removed"),
+    (
+        "query_familiarity",
+        pa.float64(),
+        "cosine of its farthest text to the nearest trained one; null if none",
+    ),
     ("stem", pa.string(), "separated recording; relative to the output"),
     ("residual_file", pa.string(), "mixture minus stem; relative to the output, null unless asked for"),
     ("mixture_file", pa.string(), "copy of the mixture; relative to the output, null unless asked for"),

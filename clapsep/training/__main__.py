@@ -47,8 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for command in (pretrain, train):
         command.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
         command.add_argument("--learning-rate", type=float, default=1e-3)
+        command.add_argument("--start", help="bundle of an earlier default to begin with")
 
-    train.add_argument("--start", type=Path, help="weights of an earlier run to begin with")
+    pretrain.add_argument("--text-steps", type=int, default=6000, help="steps of the text tower before")
+    pretrain.add_argument("--phrases", type=int, default=30_000, help="that the text tower is taught")
+    pretrain.add_argument("--words", type=int, help="most words of the teacher; all without")
+    train.add_argument("--all-classes", action="store_true", help="also those that are not claimed")
 
     export = commands.add_parser("export", help="write the trained weights as a bundle")
     export.add_argument("--corpus", type=Path, required=True, help="for the attribution")
@@ -60,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate = commands.add_parser("evaluate", help="measure a bundle on the committed test mixtures")
     evaluate.add_argument("--bundle", type=Path, help="default: the embedded one")
     evaluate.add_argument("--records", type=Path, help="write one line per mixture here (CSV)")
+    evaluate.add_argument("--validation", action="store_true", help="draw validation mixtures instead")
     evaluate.add_argument("--card", action="store_true", help="write the table into the bundle's card")
 
     _add_fit(commands.add_parser("fit", help="fine-tune on a manifest; resumes what is in --out"))
@@ -139,15 +144,26 @@ def _pretrain(options: argparse.Namespace) -> None:
     if options.manifest is not None or options.out is not None:
         _pretrain_on_manifest(options)
         return
+    from clapsep import bundle
     from clapsep.config import MINI
     from clapsep.training import corpus, pretrain, vocabulary
-    from clapsep.training.tokens import build_tokenizer
+    from clapsep.training.text_tower import Lesson
 
     options.work.mkdir(parents=True, exist_ok=True)
+    if not (options.work / pretrain.TOWERS).exists():
+        lesson = Lesson.prepare(
+            vocabulary.all_wordings(), MINI.joint, options.phrases, options.seed, options.words
+        )
+        pretrain.save_towers(
+            *pretrain.pretrain_text(MINI, lesson, options.text_steps, options.seed), options.work
+        )
+    clap, tokenizer = pretrain.load_towers(MINI, options.work)
+    if options.start:
+        clap.audio_branch.load_state_dict(bundle.load(options.start).clap.audio_branch.state_dict())
     pretrain.pretrain(
         corpus.load(options.work / "corpus"),
-        MINI,
-        build_tokenizer(vocabulary.words(), MINI.text.max_tokens),
+        clap,
+        tokenizer,
         tuple(vocabulary.BY_NAME),
         options.work,
         steps=options.steps,
@@ -216,15 +232,16 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from clapsep.training import corpus, default, export, vocabulary
-    from clapsep.training.tokens import build_tokenizer
+    from clapsep import bundle
+    from clapsep.config import MINI
+    from clapsep.training import corpus, default, pretrain, vocabulary
 
-    clap = export.load_towers(options.work)
+    clap, tokenizer = pretrain.load_towers(MINI, options.work)
     default.train(
         corpus.load(options.work / "corpus"),
         clap,
-        build_tokenizer(vocabulary.words(), clap.config.text.max_tokens),
-        vocabulary.CLAIMED,
+        tokenizer,
+        tuple(vocabulary.BY_NAME) if options.all_classes else vocabulary.CLAIMED,
         options.work,
         steps=options.steps,
         mask_steps=options.mask_steps,
@@ -232,7 +249,7 @@ def _train(options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         processes=options.processes,
         seed=options.seed,
-        start=options.start,
+        start=bundle.load(options.start) if options.start else None,
     )
 
 
@@ -246,7 +263,7 @@ def _list(options: argparse.Namespace) -> None:
     from clapsep.training import corpus, evaluate, vocabulary
 
     prepared = corpus.load(options.work / "corpus")
-    rows = evaluate.draw_test_list(prepared, vocabulary.CLAIMED, options.per_class, options.seed)
+    rows = evaluate.draw(prepared, vocabulary.CLAIMED, options.per_class, options.seed)
     evaluate.write_test_list(rows)
     print(f"{len(rows)} test mixtures in {evaluate.TEST_LIST}")
 
@@ -255,11 +272,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     import csv
 
     from clapsep import bundle
-    from clapsep.training import corpus, evaluate, export
+    from clapsep.training import corpus, evaluate, export, vocabulary
 
     loaded = bundle.load(str(options.bundle) if options.bundle else None)
-    rows = evaluate.read_test_list()
-    records = evaluate.evaluate(loaded, corpus.load(options.work / "corpus"), rows)
+    prepared = corpus.load(options.work / "corpus")
+    if options.validation:
+        rows = evaluate.draw(prepared, tuple(vocabulary.BY_NAME), 12, options.seed, "validation")
+    else:
+        rows = evaluate.read_test_list()
+    records = evaluate.evaluate(loaded, prepared, rows, "validation" if options.validation else "test")
     summary = evaluate.summarise(records)
     print(evaluate.table(summary))
     if options.records:

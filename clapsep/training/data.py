@@ -1,7 +1,7 @@
 """Random mixtures and single clips for training, drawn from a prepared corpus.
 
-A draw is: a coarse class, evenly; one of its source groups, by the square root of its seconds (variety of
-sources counts more than hours); one of its clips; a window of it. The two sides of a mixture are of two
+A draw is: a coarse class, by its weight; one of its source groups, by the square root of its seconds
+(variety of sources counts more than hours); one of its clips; a window of it. The two sides of a mixture are of two
 classes that may be opposed, and of two source groups.
 """
 
@@ -93,14 +93,22 @@ class Sampler:
         group = self.random.choices(self._groups[name], self._weights[name])[0]
         return self.random.choice(group)
 
+    def _class(self, names: list[str]) -> str:
+        return self.random.choices(names, [vocabulary.WEIGHTS.get(name, 1.0) for name in names])[0]
+
     def pair(self, name: str | None = None) -> tuple[Clip, Clip]:
         """(target, interference): classes that may be opposed, source groups that differ."""
-        name = name or self.random.choice([n for n in self.names if self._opposed[n]])
+        name = name or self._class([n for n in self.names if self._opposed[n]])
         target = self.clip(name)
         while True:
-            interference = self.clip(self.random.choice(self._opposed[name]))
+            interference = self.clip(self._class(self._opposed[name]))
             if interference.group != target.group:
                 return target, interference
+
+    def absent(self, one: Clip, other: Clip) -> Clip | None:
+        """A clip of a class that may be opposed to those of both clips, where there is one."""
+        names = [name for name in self._opposed[one.coarse] if name in self._opposed[other.coarse]]
+        return self.clip(self.random.choice(names)) if names else None
 
     def window(self, clip: Clip) -> np.ndarray:
         """(frames,) float32: a stretch of the clip that is not much quieter than the clip as a whole.

@@ -12,24 +12,32 @@ from pathlib import Path
 import lightning
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from clapsep.bundle import Bundle
 from clapsep.clap import Clap
 from clapsep.decoder import Film
 from clapsep.model import ClapSep
+from clapsep.query import Query, QueryError
+from clapsep.training import vocabulary
 from clapsep.training.conditions import condition, kept_sides
 from clapsep.training.corpus import Corpus
 from clapsep.training.data import NONE, Sampler
 from clapsep.training.fit import Batch, Data, SeparatorTraining, run
+from clapsep.training.loop import fastest_precision
 from clapsep.training.queries import QueryBank
+from clapsep.training.tokens import tokens
 
 SEPARATOR = "separator.safetensors"
 VALIDATION_MIXTURES = 240
 VALIDATION_BATCH = 20
 EMA_DECAY = 0.998
+
+ABSENT = 0.2
+"""Share of the second queries that ask for a class which is not in the mixture."""
 
 FILM_SPREAD = 0.7
 """Standard deviation of the FiLM weights at the start: a condition has unit norm, so this moves each gain
@@ -52,8 +60,35 @@ def initialise(model: ClapSep, clap: Clap) -> None:
                 nn.init.constant_(linear.bias, bias)
 
 
+@torch.no_grad()
+def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> None:
+    """Begin with the separator of an earlier bundle, whose queries lie in another joint space.
+
+    The weights that read conditions are turned by the least-squares map from its text embeddings to the
+    present ones, over the wordings whose words it knows.
+    """
+    model.load_state_dict(earlier.model.state_dict())
+    known, old = [], []
+    for text in sorted({text for texts in vocabulary.all_wordings().values() for text in texts}):
+        try:
+            old.append(earlier.queries.conditions([Query(positive_text=text)])[0, : model.config.joint])
+        except QueryError:
+            continue
+        known.append(text)
+    present = clap.eval().embed_text(*tokens(tokenizer, known))
+    turn = torch.linalg.lstsq(present, torch.stack(old), driver="gelsd").solution
+    for module in model.modules():
+        if isinstance(module, Film):
+            for linear in (module.gamma, module.beta):
+                sides = linear.weight.data.chunk(2, dim=1)
+                linear.weight.data = torch.cat([side @ turn.T for side in sides], dim=1)
+
+
 class MixtureBatches(Dataset):
-    """The batch of each step, by its number."""
+    """The batch of each step, by its number: two queries for each mixture, one for each of its sides.
+
+    In place of the second, a share `ABSENT` asks for what is not there.
+    """
 
     def __init__(self, sampler: Sampler, queries: QueryBank, batch: int, seed: int) -> None:
         self.sampler = sampler
@@ -69,12 +104,24 @@ class MixtureBatches(Dataset):
         drawn = self.sampler.mixtures(self.batch)
         # The larger of two draws: the text, which most users query by, weighs more than the audio.
         share = max(draws.random(), draws.random())
+        kept = kept_sides(torch.tensor([draws.random() for _ in range(2 * self.batch)]))
+        target = torch.cat([drawn.target, drawn.mixture - drawn.target])
+        absent = torch.zeros(2 * self.batch, dtype=torch.bool)
+        pairs = list(zip(drawn.targets, drawn.interferences, strict=True))
+        pairs += [(negative, positive) for positive, negative in pairs]
+        for number in range(self.batch, 2 * self.batch):
+            missing = self.sampler.absent(*pairs[number]) if draws.random() < ABSENT else None
+            if missing is not None:
+                absent[number] = True
+                target[number] = 0.0
+                pairs[number] = missing, draws.choice(pairs[number])
+                kept[number] = torch.tensor([1.0, float(draws.random() < 0.5)])
         positive, negative = (
             torch.stack([self.queries.side(clip, share) for clip in side])
-            for side in (drawn.targets, drawn.interferences)
+            for side in zip(*pairs, strict=True)
         )
-        kept = kept_sides(torch.tensor([draws.random() for _ in range(self.batch)]))
-        return Batch(drawn.mixture, drawn.target, condition(positive, negative, kept))
+        index = torch.arange(self.batch).repeat(2)
+        return Batch(drawn.mixture, target, condition(positive, negative, kept), index=index, absent=absent)
 
 
 class CorpusData(Data):
@@ -139,18 +186,16 @@ def train(
     processes: int = 2,
     validate_every: int = 400,
     seed: int = 1,
-    start: Path | None = None,
+    start: Bundle | None = None,
 ) -> Path:
     """Train for `steps` steps of `processes * batch` mixtures; returns `folder/separator.safetensors`.
 
     The weights written are the averaged ones. A `last.ckpt` that is already in `folder` is resumed.
-    `start` names weights of an earlier run to begin with.
+    `start` is an earlier default to begin with.
     """
     lightning.seed_everything(seed, verbose=False)
     model = ClapSep(clap.config)
     initialise(model, clap)
-    if start is not None:
-        model.load_state_dict(load_file(start))
     data = CorpusData(
         corpus,
         clap,
@@ -161,6 +206,8 @@ def train(
         batch=batch,
         seed=seed,
     )
+    if start is not None:
+        adopt(model, clap, tokenizer, start)
     module = SeparatorTraining(
         model,
         learning_rate,
@@ -170,7 +217,7 @@ def train(
         labels=data.labels,
         seed=seed,
     )
-    run(module, data, folder, processes=processes, ema=EMA_DECAY)
+    run(module, data, folder, processes=processes, precision=fastest_precision(), ema=EMA_DECAY)
     path = folder / SEPARATOR
     if module.global_rank == 0:
         save_file(module.model.state_dict(), path)

@@ -12,13 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from clapsep import bundle
-from clapsep.clap import Clap
 from clapsep.config import MINI
 from clapsep.model import ClapSep
 from clapsep.training import corpus, split, vocabulary
 from clapsep.training.default import SEPARATOR
-from clapsep.training.pretrain import TOWERS
-from clapsep.training.tokens import build_tokenizer, without
+from clapsep.training.pretrain import load_towers
 
 RUNS = Path(__file__).with_name("runs.json")
 ATTRIBUTION_COLUMNS = ("source", "title", "author", "licence", "url", "source_group")
@@ -35,30 +33,20 @@ BANK_ATTRIBUTION = {
 }
 
 
-def load_towers(work: Path) -> Clap:
-    """The pre-trained towers that `pretrain` left in `work`."""
-    clap = Clap(MINI)
-    clap.load_state_dict(load_file(work / TOWERS))
-    return clap
-
-
 def export(work: Path, recordings: Path, folder: Path) -> str:
     """Write the bundle from the weights in `work`; returns its digest.
 
     The facts of its ATTRIBUTION.csv are those of `recordings/train_corpus/ATTRIBUTION.csv`.
     """
-    clap, model = load_towers(work), ClapSep(MINI)
+    clap, tokenizer = load_towers(MINI, work)
+    model = ClapSep(MINI)
     model.load_state_dict(load_file(work / SEPARATOR))
     prepared = corpus.load(work / "corpus")
     attribution = attributed(prepared, recordings)
-    words = vocabulary.words(vocabulary.CLAIMED)
-    tokenizer = build_tokenizer(vocabulary.words(), MINI.text.max_tokens)
     folder.mkdir(parents=True, exist_ok=True)
     _write_csv(folder / "ATTRIBUTION.csv", attribution)
     (folder / "NOTICE").write_text(notice(attribution))
-    return bundle.save(
-        str(folder), model, clap, without(tokenizer, words), card(prepared, attribution), dtype=torch.float16
-    )
+    return bundle.save(str(folder), model, clap, tokenizer, card(prepared, attribution), dtype=torch.float16)
 
 
 def card(prepared: corpus.Corpus, attribution: Sequence[Mapping[str, str]]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from clapsep.model import ClapSep
 from clapsep.training.curves import Curves
 from clapsep.training.loop import Precision, make_trainer
 from clapsep.training.lora import has_lora
-from clapsep.training.losses import mask_loss, separation_loss, si_snr
+from clapsep.training.losses import mask_loss, separation_loss, si_snr, silence_loss
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -42,15 +42,19 @@ LOWEST_RATE = 5e-6
 
 
 class Batch(NamedTuple):
-    """`mixture`, `target`: (B, samples) float32; `condition`: (B, condition_dim); `label`: (B,) int64.
+    """`mixture` (B, samples) float32; for each query (N of them) `target` (N, samples), `condition` (N, D).
 
-    Labels are those of `SeparatorTraining`; training ignores them.
+    Several queries may share a mixture, and so the encoder's pass over it: `index` (N,) int64 numbers the
+    mixtures, None has one query for each. Where `absent` (N,) bool is set, the query asks for what is not
+    there, and the target is silence. `label` (N,) int64 is one of `SeparatorTraining`'s; training ignores it.
     """
 
     mixture: Tensor
     target: Tensor
     condition: Tensor
     label: Tensor | None = None
+    index: Tensor | None = None
+    absent: Tensor | None = None
 
 
 class SeparatorTraining(lightning.LightningModule):
@@ -102,9 +106,13 @@ class SeparatorTraining(lightning.LightningModule):
         torch.manual_seed(int(draws.generate_state(1)[0]))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        mixture, target = batch.mixture, batch.target
-        features = self.model.features(mixture)
-        mask = self.model.mask(features, batch.condition).float()
+        features, target = self.model.features(batch.mixture), batch.target
+        decoder = self.model.decoder_model
+        inputs = decoder.prepare(features.magnitude, features.encoder)
+        mixture, spectrum = batch.mixture, features.spectrum
+        if batch.index is not None:
+            mixture, spectrum, inputs = mixture[batch.index], spectrum[batch.index], inputs.at(batch.index)
+        mask = decoder(inputs, batch.condition).float()
         fade = max(0.0, 1.0 - self.global_step / self.mask_steps) if self.mask_steps else 0.0
         loss = mixture.new_zeros(())
         with torch.autocast(mixture.device.type, enabled=False):
@@ -112,8 +120,8 @@ class SeparatorTraining(lightning.LightningModule):
                 wanted, rest = (self.model.stft(audio).abs() for audio in (target, mixture - target))
                 loss = loss + fade * MASK_LOSS_SCALE * mask_loss(mask, wanted, rest)
             if fade < 1:
-                estimate = self.model.stft.inverse(features.spectrum * mask, mixture.shape[-1])
-                loss = loss + (1 - fade) * separation_loss(estimate, target)
+                estimate = self.model.stft.inverse(spectrum * mask, mixture.shape[-1])
+                loss = loss + (1 - fade) * _waveform_loss(estimate, target, mixture, batch.absent)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -164,6 +172,13 @@ class SeparatorTraining(lightning.LightningModule):
             optimizer, rates, self.cycle_steps, pct_start=0.06, div_factor=20, final_div_factor=100
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _waveform_loss(estimate: Tensor, target: Tensor, mixture: Tensor, absent: Tensor | None) -> Tensor:
+    if absent is None or not absent.any():
+        return separation_loss(estimate, target)
+    left = absent.float().mean() * silence_loss(estimate[absent], mixture[absent])
+    return separation_loss(estimate[~absent], target[~absent]) + left
 
 
 class Data(lightning.LightningDataModule):

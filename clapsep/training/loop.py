@@ -14,6 +14,11 @@ from clapsep.device import DeviceError, find_device
 Precision = Literal["bf16", "fp32"]
 
 
+def fastest_precision() -> Precision:
+    """bf16 where this CPU knows it; elsewhere a product of matrices takes twenty times as long in it."""
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
 class Progress(lightning.Callback):
     """One line on standard output every `every` steps, from rank zero: the mean loss since the last line."""
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 SNR_SHARE = 0.9
 SI_SNR_SHARE = 0.1
+SILENCE_FLOOR = 1e-3
 
 
 def snr(estimate: Tensor, target: Tensor) -> Tensor:
@@ -34,6 +35,12 @@ def _decibels(signal: Tensor, noise: Tensor) -> Tensor:
 def separation_loss(estimate: Tensor, target: Tensor) -> Tensor:
     """-0.9 SNR - 0.1 SI-SNR, mean over the batch, dB (CLAPSep, arXiv 2402.17455, section III-D)."""
     return -(SNR_SHARE * snr(estimate, target) + SI_SNR_SHARE * si_snr(estimate, target)).mean()
+
+
+def silence_loss(estimate: Tensor, mixture: Tensor) -> Tensor:
+    """Energy of what is left where nothing should be, relative to the mixture's, mean in dB, at least -30."""
+    left = estimate.square().sum(-1) / mixture.square().sum(-1).clamp(min=1e-8)
+    return 10.0 * torch.log10(left + SILENCE_FLOOR).mean()
 
 
 def mask_loss(mask: Tensor, target_magnitude: Tensor, interference_magnitude: Tensor) -> Tensor:

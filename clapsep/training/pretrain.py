@@ -1,15 +1,18 @@
-"""Contrastive pre-training of the two small CLAP towers on the training split."""
+"""Pre-training of the two small CLAP towers on the training split.
+
+The text tower is distilled first (`text_tower`) and then stays as it is; the audio tower learns to meet it.
+"""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -20,15 +23,15 @@ from clapsep.spectral import Resampler
 from clapsep.training import vocabulary
 from clapsep.training.corpus import SAMPLE_RATE, Corpus
 from clapsep.training.data import NONE, Sampler
-from clapsep.training.loop import make_trainer
+from clapsep.training.loop import fastest_precision, make_trainer
 from clapsep.training.losses import contrastive_loss
 from clapsep.training.queries import embed_windows, phrase
-from clapsep.training.tokens import tokens
+from clapsep.training.text_tower import Lesson, distil
+from clapsep.training.tokens import build_tokenizer, tokens
 
-TOWERS = "towers.safetensors"
+TOWERS, TOKENIZER = "towers.safetensors", "tokenizer.json"
 FIRST_TEMPERATURE = 0.1
 BACKGROUND_SHARE = 0.5
-SPREAD_STEPS = 100
 
 
 class ClipBatches(IterableDataset):
@@ -64,54 +67,25 @@ def _wording(text: str) -> str:
     return text.removeprefix("sound of ").removesuffix(" sounds").removesuffix(" sound")
 
 
-def spread_texts(clap: Clap, tokenizer: Tokenizer, names: tuple[str, ...], steps: int, seed: int) -> None:
-    """Draw phrases of one recording together and all others apart, without audio.
-
-    A fresh text tower gives every text nearly one embedding (cosine 0.99), from which the audio tower
-    learns nothing for a thousand steps; fifty of these steps, each a few milliseconds, spread them.
-    """
-    choose = random.Random(seed)
-
-    def draw() -> tuple[list[str], list[str], Tensor]:
-        members = [choose.choice(list(vocabulary.BY_NAME[name].members)) for name in names * 4]
-        coarse = [vocabulary.COARSE_OF[member] for member in members]
-        alike = torch.tensor(
-            [
-                [0.5 * (one == other) + 0.5 * (c == d) for other, d in zip(members, coarse, strict=True)]
-                for one, c in zip(members, coarse, strict=True)
-            ]
-        )
-        left, right = ([phrase(member, choose) for member in members] for _ in range(2))
-        return left, right, alike
-
-    spread(clap, tokenizer, draw, steps)
-
-
-def spread(
-    clap: Clap, tokenizer: Tokenizer, draw: Callable[[], tuple[list[str], list[str], Tensor]], steps: int
-) -> None:
-    """Train the text tower alone on what `draw` returns: texts, texts, and (N, N) how alike they are."""
-    parameters = [*clap.text_branch.parameters(), *clap.text_projection.parameters()]
-    optimizer = torch.optim.AdamW(parameters, 1e-3)
-    for _ in range(steps):
-        *texts, alike = draw()
-        left, right = (clap.embed_text(*tokens(tokenizer, side)) for side in texts)
-        optimizer.zero_grad()
-        contrastive_loss(left, right, alike, torch.tensor(10.0)).backward()
-        optimizer.step()
-
-
 class TowerTraining(lightning.LightningModule):
-    """Symmetric InfoNCE between windows and texts."""
+    """Symmetric InfoNCE between windows and texts.
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, steps: int, learning_rate: float) -> None:
+    The text tower learns at `text_share` of the learning rate; at 0 it is given, and stays as it is.
+    """
+
+    def __init__(
+        self, clap: Clap, tokenizer: Tokenizer, steps: int, learning_rate: float, text_share: float
+    ) -> None:
         super().__init__()
-        self.clap = Clap(config)
+        self.clap = clap
         self.tokenizer = tokenizer
-        self.resampler = Resampler(SAMPLE_RATE, config.encoder.spectrogram.sample_rate)
+        self.resampler = Resampler(SAMPLE_RATE, clap.config.encoder.spectrogram.sample_rate)
         self.log_scale = torch.nn.Parameter(torch.tensor(math.log(1 / FIRST_TEMPERATURE)))
         self.steps = steps
         self.learning_rate = learning_rate
+        self.text_share = text_share
+        for module in (clap.text_branch, clap.text_projection):
+            module.requires_grad_(text_share > 0)
 
     def training_step(self, batch: tuple[Tensor, list[str], Tensor], index: int) -> Tensor:
         windows, texts, positives = batch
@@ -123,11 +97,14 @@ class TowerTraining(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self):
-        audio = [*self.clap.audio_branch.parameters(), *self.clap.audio_projection.parameters()]
-        text = [*self.clap.text_branch.parameters(), *self.clap.text_projection.parameters()]
-        rates = [self.learning_rate, 0.1 * self.learning_rate, self.learning_rate]
-        groups = [{"params": audio}, {"params": text}, {"params": [self.log_scale]}]
-        optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=0.02)
+        clap, rate = self.clap, self.learning_rate
+        text = [*clap.text_branch.parameters(), *clap.text_projection.parameters()]
+        audio = [*clap.audio_branch.parameters(), *clap.audio_projection.parameters(), self.log_scale]
+        groups = [{"params": audio, "lr": rate}]
+        if self.text_share > 0:
+            groups.append({"params": text, "lr": self.text_share * rate})
+        optimizer = torch.optim.AdamW(groups, rate, weight_decay=0.02)
+        rates = [group["lr"] for group in groups]
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, rates, self.steps, pct_start=0.1, div_factor=10, final_div_factor=50
         )
@@ -153,9 +130,17 @@ def retrieval_accuracy(clap: Clap, tokenizer: Tokenizer, sampler: Sampler, count
     return sum(sampler.names[i] == name for i, name in zip(nearest, names, strict=True)) / count
 
 
+def pretrain_text(config: ModelConfig, lesson: Lesson, steps: int, seed: int) -> tuple[Clap, Tokenizer]:
+    """Fresh towers, the text one distilled for `steps` steps, and the tokenizer that goes with it."""
+    lightning.seed_everything(seed, verbose=False)
+    clap, tokenizer = Clap(config), build_tokenizer(lesson.vocabulary, config.text.max_tokens)
+    distil(clap, tokenizer, lesson, steps=steps, seed=seed)
+    return clap, tokenizer
+
+
 def pretrain(
     corpus: Corpus,
-    config: ModelConfig,
+    clap: Clap,
     tokenizer: Tokenizer,
     names: tuple[str, ...],
     folder: Path,
@@ -165,20 +150,38 @@ def pretrain(
     learning_rate: float = 1e-3,
     processes: int = 2,
     seed: int = 1,
-) -> Path:
-    """Train for `steps` steps of `processes * batch` clips; returns `folder/towers.safetensors`."""
+) -> None:
+    """Train the audio tower for `steps` steps of `processes * batch` clips; writes both into `folder`."""
     lightning.seed_everything(seed, verbose=False)
-    module = TowerTraining(config, tokenizer, steps, learning_rate)
-    spread_texts(module.clap, tokenizer, names, SPREAD_STEPS, seed)
-    trainer = make_trainer(folder, steps, processes, clip=1.0, report_every=20, enable_checkpointing=False)
+    module = TowerTraining(clap, tokenizer, steps, learning_rate, text_share=0.0)
+    trainer = make_trainer(
+        folder,
+        steps,
+        processes,
+        precision=fastest_precision(),
+        clip=1.0,
+        report_every=20,
+        enable_checkpointing=False,
+    )
     rank_seed = seed + 1000 * trainer.global_rank
-    sampler = Sampler(corpus, "train", names, config.window_samples, rank_seed)
+    sampler = Sampler(corpus, "train", names, clap.config.window_samples, rank_seed)
     trainer.fit(module, DataLoader(ClipBatches(sampler, batch, rank_seed), batch_size=None))
-    path = folder / TOWERS
     if trainer.is_global_zero:
-        held_out = Sampler(corpus, "validation", names, config.window_samples, 7, NONE)
-        accuracy = retrieval_accuracy(module.clap, tokenizer, held_out, 480)
+        held_out = Sampler(corpus, "validation", names, clap.config.window_samples, 7, NONE)
+        accuracy = retrieval_accuracy(clap, tokenizer, held_out, 480)
         print(f"held-out retrieval accuracy {accuracy:.3f} of {len(held_out.names)} classes", flush=True)
-        save_file(module.clap.state_dict(), path)
+        save_towers(clap, tokenizer, folder)
     trainer.strategy.barrier()
-    return path
+
+
+def save_towers(clap: Clap, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the towers and their tokenizer."""
+    tokenizer.save(str(folder / TOKENIZER))
+    save_file(clap.state_dict(), folder / TOWERS)
+
+
+def load_towers(config: ModelConfig, folder: Path) -> tuple[Clap, Tokenizer]:
+    """The towers that `pretrain` left in `folder`. Raises FileNotFoundError where there are none."""
+    clap = Clap(config)
+    clap.load_state_dict(load_file(folder / TOWERS))
+    return clap, Tokenizer.from_file(str(folder / TOKENIZER))

@@ -1,25 +1,27 @@
-"""The word-level tokenizer of the embedded default: a word it was not taught becomes `<unk>`.
+"""The tokenizer of the embedded default: known words are one token, others are spelled in parts of words.
 
 Special tokens and their ids are RoBERTa's: `<s>` 0, `<pad>` 1, `</s>` 2, `<unk>` 3.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers, processors
-from tokenizers.models import WordLevel
+from tokenizers.models import WordPiece
 from torch import Tensor
 
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
 
 
 def build_tokenizer(words: Sequence[str], max_tokens: int) -> Tokenizer:
-    """A tokenizer that knows exactly `words`. Case and punctuation are ignored, texts cut at `max_tokens`."""
+    """A tokenizer of `words` and parts of words (`##ing`).
+
+    Case and punctuation are ignored, texts cut at `max_tokens`; what cannot be spelled is `<unk>`.
+    """
     ids = {token: index for index, token in enumerate((*SPECIAL, *sorted(set(words) - set(SPECIAL))))}
-    tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    tokenizer = Tokenizer(WordPiece(ids, unk_token="<unk>", max_input_chars_per_word=40))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"[^\p{L}\p{N}\s]+"), " ")]
     )
@@ -28,14 +30,6 @@ def build_tokenizer(words: Sequence[str], max_tokens: int) -> Tokenizer:
     tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
-
-
-def without(tokenizer: Tokenizer, known: Sequence[str]) -> Tokenizer:
-    """A copy that knows only `known` of its words; the ids of those stay."""
-    description = json.loads(tokenizer.to_str())
-    ids = description["model"]["vocab"]
-    description["model"]["vocab"] = {w: i for w, i in ids.items() if w in SPECIAL or w in set(known)}
-    return Tokenizer.from_str(json.dumps(description))
 
 
 def tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,23 @@ CLASSES: tuple[CoarseClass, ...] = (
         rooster="",
     ),
     _class(
+        "insects",
+        "insects, crickets, a cricket, crickets chirping, insects buzzing, cicadas, a cricket chirping, "
+        "an insect",
+        crickets="",
+        insects="",
+    ),
+    _class(
+        "baby crying",
+        "baby crying, a baby crying, a crying baby, an infant crying, a baby, baby cry, a baby screaming",
+        baby_cry="",
+    ),
+    _class(
+        "sneeze",
+        "sneeze, a sneeze, sneezing, a person sneezing, someone sneezing, a loud sneeze",
+        sneeze="",
+    ),
+    _class(
         "thunder",
         "thunder, a thunderstorm, thunder rumbling, rolling thunder, a clap of thunder, thunderstorm, "
         "rumbling thunder",
@@ -68,16 +85,37 @@ CLASSES: tuple[CoarseClass, ...] = (
         sea_waves="waves, ocean waves, sea waves, waves on a beach, the sea, the ocean",
     ),
     _class(
+        "fire",
+        "fire, a fire, a crackling fire, fire crackling, a campfire, a fire burning, flames, "
+        "crackling flames",
+        fire="",
+    ),
+    _class(
         "engine",
         "engine, an engine, engine noise, a motor, a motor running, an engine running, motor noise, "
-        "a machine running, a vehicle, vehicles",
+        "a vehicle, vehicles",
         engine="a car engine, a car, car engine",
         train="a train, train, a train passing, a subway train",
         truck="a truck, truck",
-        helicopter="a helicopter, helicopter, a helicopter flying",
         airplane="an airplane, airplane, a jet, a plane flying",
-        chainsaw="a chainsaw, chainsaw",
         city="traffic, city traffic, street traffic",
+    ),
+    _class(
+        "helicopter",
+        "helicopter, a helicopter, a helicopter flying, helicopter rotor, a helicopter overhead, "
+        "rotor blades",
+        helicopter="",
+    ),
+    _class(
+        "chainsaw",
+        "chainsaw, a chainsaw, a chainsaw running, a chain saw, cutting wood with a chainsaw, a power saw",
+        chainsaw="",
+    ),
+    _class(
+        "clock",
+        "clock, a clock, a clock ticking, clock ticking, ticking, a ticking clock, tick tock, "
+        "a watch ticking",
+        clock_tick="",
     ),
     _class(
         "drums",
@@ -136,7 +174,12 @@ NEIGHBOURS: frozenset[frozenset[str]] = frozenset(
     for pair in (
         ("thunder", "water"),
         ("thunder", "engine"),
+        ("thunder", "helicopter"),
         ("engine", "water"),
+        ("engine", "helicopter"),
+        ("engine", "chainsaw"),
+        ("fire", "water"),
+        ("insects", "birds"),
         ("drums", "footsteps"),
         ("bells", "piano and guitar"),
         ("birds", "rooster"),
@@ -168,26 +211,94 @@ SAMPLE_CLASSES: Mapping[str, str] = {
 }
 """Class names of the small shippable corpus in terms of the large one's; what is missing here is not used."""
 
+UNSEEN: Mapping[str, tuple[str, ...]] = {
+    "speech": (
+        "a lady chatting",
+        "conversation between people",
+        "a man giving a lecture",
+        "narrator reading aloud",
+        "somebody talks",
+        "a dialogue",
+        "a lecturer speaks to students",
+        "an interview",
+    ),
+    "birds": (
+        "sparrows twittering",
+        "a nightingale",
+        "tweeting in the trees",
+        "songbirds at dawn",
+        "a robin sings",
+    ),
+    "dog": ("a puppy yapping", "a hound growls and barks", "woof woof", "a terrier barks", "canine barking"),
+    "rooster": ("cock-a-doodle-doo", "a cockerel at dawn", "a crowing cock", "chicken coop rooster"),
+    "insects": (
+        "grasshoppers at night",
+        "a bee",
+        "mosquito",
+        "a fly buzzing",
+        "chirping of crickets at night",
+    ),
+    "baby crying": (
+        "a newborn wailing",
+        "toddler crying loudly",
+        "an unhappy infant",
+        "a weeping baby",
+        "babies cry",
+    ),
+    "sneeze": ("achoo", "he sneezes", "a woman sneezes twice", "sneezing fit"),
+    "thunder": ("a lightning strike", "thunderclap", "a storm with lightning", "rumble of a distant storm"),
+    "water": (
+        "a brook",
+        "a fountain splashing",
+        "raindrops on a roof",
+        "surf at the seaside",
+        "a faucet",
+        "drizzle",
+    ),
+    "fire": ("a bonfire", "logs burning in the fireplace", "a blaze", "burning wood"),
+    "engine": (
+        "a diesel lorry",
+        "a motorbike",
+        "a bus drives by",
+        "an idling car",
+        "road vehicles passing",
+        "locomotive",
+    ),
+    "helicopter": ("a chopper hovers", "helicopters flying by", "whirring rotor of a helicopter"),
+    "chainsaw": ("a lumberjack sawing a tree", "sawing with a motor saw", "a saw cutting a tree"),
+    "clock": ("a grandfather clock", "the second hand of a wristwatch", "alarm clock ticks", "a stopwatch"),
+    "drums": ("a snare", "bongos", "a drummer's solo", "kick and snare", "a drumbeat", "tom toms"),
+    "bells": ("a doorbell chime", "jingle bells", "a gong", "a carillon", "a bell tolls"),
+    "piano and guitar": (
+        "keyboard instrument",
+        "a pianist performs",
+        "strumming chords",
+        "a guitarist",
+        "a grand piano",
+        "a lute",
+    ),
+    "strings and winds": (
+        "a fiddle",
+        "a viola",
+        "brass band",
+        "woodwind",
+        "a string quartet",
+        "a pipe organ in church",
+        "a piccolo",
+        "sax solo",
+    ),
+    "footsteps": ("someone strolls along", "boots on gravel", "a walker's steps", "running feet"),
+}
+"""Other texts for each class, never trained on: they measure what the text tower makes of free wording."""
+
 CLAIMED: tuple[str, ...] = tuple(coarse.name for coarse in CLASSES if coarse.name != "footsteps")
 """The classes that the shipped bundle claims; the words of the others are refused as unfamiliar."""
 
+WEIGHTS: Mapping[str, float] = {"speech": 2.0}
+"""How often a class is drawn for a mixture; 1 where it is not named. Speech is what most corpora hold."""
+
 BY_NAME: Mapping[str, CoarseClass] = {coarse.name: coarse for coarse in CLASSES}
 COARSE_OF: Mapping[str, str] = {member: coarse.name for coarse in CLASSES for member in coarse.members}
-FUNCTION_WORDS = (
-    "a",
-    "an",
-    "the",
-    "of",
-    "and",
-    "or",
-    "in",
-    "on",
-    "from",
-    "sound",
-    "sounds",
-    "noise",
-    "playing",
-)
 
 
 def fair(one: str, other: str) -> bool:
@@ -201,13 +312,9 @@ def wordings(member: str) -> tuple[str, ...]:
     return coarse.wordings + coarse.members[member]
 
 
-def words(names: tuple[str, ...] = tuple(BY_NAME)) -> tuple[str, ...]:
-    """The sorted words that the wordings of the coarse classes `names` are made of, and function words."""
-    found = set(FUNCTION_WORDS)
-    for name in names:
-        for text in (
-            *BY_NAME[name].wordings,
-            *(t for texts in BY_NAME[name].members.values() for t in texts),
-        ):
-            found.update(text.split())
-    return tuple(sorted(found))
+def all_wordings() -> dict[str, list[str]]:
+    """Class -> every wording that is true of it or of one of its members."""
+    return {
+        name: [*coarse.wordings, *(text for texts in coarse.members.values() for text in texts)]
+        for name, coarse in BY_NAME.items()
+    }

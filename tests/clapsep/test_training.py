@@ -4,6 +4,7 @@ import csv
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clapsep import bundle
+from clapsep.clap import Clap
 from clapsep.config import MINI
 from clapsep.model import ClapSep
-from clapsep.training import corpus, evaluate, losses, split, tokens, vocabulary
+from clapsep.training import (
+    corpus,
+    default,
+    evaluate,
+    losses,
+    pretrain,
+    split,
+    text_tower,
+    tokens,
+    vocabulary,
+)
 from clapsep.training.data import NONE, Sampler
+from clapsep.training.queries import QueryBank
 
 AUDIO = Path(__file__).parents[2] / "manifests" / "audio"
 RECORDINGS = {"speech_male": "man_speaking", "drums": "drums", "birds": "birds"}
@@ -222,16 +235,67 @@ def test_contrastive_loss_with_single_positives_is_info_nce():
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def test_unknown_words_become_unk_and_case_does_not_matter():
-    tokenizer = tokens.build_tokenizer(["dog", "barking", "a"], 8)
-    assert tokenizer.encode("A dog, barking!").tokens == ["<s>", "a", "dog", "barking", "</s>"]
+def test_words_are_spelled_in_parts_and_case_does_not_matter():
+    tokenizer = tokens.build_tokenizer(["dog", "bark", "##ing", "a"], 8)
+    assert tokenizer.encode("A dog, barking!").tokens == ["<s>", "a", "dog", "bark", "##ing", "</s>"]
     assert tokenizer.encode("a cat").tokens == ["<s>", "a", "<unk>", "</s>"]
-    smaller = tokens.without(tokenizer, ["dog"])
-    assert smaller.encode("a dog").tokens == ["<s>", "<unk>", "dog", "</s>"]
-    assert smaller.encode("dog").ids == tokenizer.encode("dog").ids
+
+
+# --- text tower -----------------------------------------------------------------------------------
+
+
+def test_joint_space_draws_classes_apart_and_their_wordings_together():
+    rng = torch.Generator().manual_seed(0)
+    # What all texts share, a little that tells classes apart, and much that tells wordings apart.
+    shared, classes = torch.randn(1, 384, generator=rng), torch.randn(6, 384, generator=rng)
+    wordings = torch.randn(12, 384, generator=rng)
+
+    def texts(number):
+        noise = torch.randn(8, 12, generator=rng) @ wordings
+        return torch.nn.functional.normalize(4 * shared + classes[number] + 0.7 * noise, dim=-1)
+
+    def closeness(rows):
+        return float((rows @ rows.T).mean())
+
+    given = {str(number): texts(number) for number in range(6)}
+    space = text_tower.JointSpace(given, 16)
+    fresh = [texts(number) for number in range(6)]
+    means = torch.stack([space(rows).mean(0) for rows in fresh])
+    assert means.shape == (6, 16)
+    assert closeness(torch.cat(fresh)) > 0.6 > 0.2 > closeness(torch.cat([space(rows) for rows in fresh]))
+    told = [int((space(row[None]) @ means.T).argmax()) for rows in fresh for row in rows]
+    assert np.mean([number == index // 8 for index, number in enumerate(told)]) > 0.9
+
+
+def test_text_tower_learns_its_lesson():
+    wordings = {name: vocabulary.all_wordings()[name] for name in ("dog", "speech", "drums")}
+    lesson = text_tower.Lesson.prepare(wordings, 16, count=300, seed=0, most_words=300)
+    assert {"dog", "speech", "##s", "q"} <= set(lesson.vocabulary)
+    clap, tokenizer = pretrain.pretrain_text(tiny(), lesson, steps=60, seed=0)
+    with torch.no_grad():
+        learned = clap.embed_text(*tokens.tokens(tokenizer, lesson.named))
+    assert float((learned * lesson.named_aims).sum(-1).mean()) > 0.8
+    found = text_tower.retrieved(clap, tokenizer, wordings, {"dog": ["a dog that barks"]})
+    assert found == {"dog": [("a dog that barks", "dog")]}
+    again, _ = pretrain.pretrain_text(tiny(), lesson, steps=60, seed=0)
+    assert all(
+        torch.equal(one, other) for one, other in zip(clap.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_texts_that_measure_free_wording_are_not_trained_on():
+    trained = {text for texts in vocabulary.all_wordings().values() for text in texts}
+    assert set(vocabulary.UNSEEN) == set(vocabulary.BY_NAME)
+    assert not trained & {text for texts in vocabulary.UNSEEN.values() for text in texts}
 
 
 # --- learning -------------------------------------------------------------------------------------
+
+
+def bank_arguments(prepared):
+    words = [*"abcdefghijklmnopqrstuvwxyz", *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    clips = [clip for clip in prepared.clips if clip.split == "train"]
+    return tokens.build_tokenizer(words, 32), sampler(prepared), clips, 0
 
 
 def tiny():
@@ -243,14 +307,12 @@ def tiny():
 
 @pytest.mark.parametrize("mask_steps", [0, 1000], ids=["separation loss", "mask loss"])
 def test_training_steps_reduce_the_loss(prepared, mask_steps):
-    from clapsep.clap import Clap
-    from clapsep.training.default import initialise
     from clapsep.training.fit import Batch, SeparatorTraining
 
     torch.manual_seed(0)
     config = tiny()
     model = ClapSep(config)
-    initialise(model, Clap(config))
+    default.initialise(model, Clap(config))
     training = SeparatorTraining(model, 3e-3, mask_steps=mask_steps)
     drawn = sampler(prepared).mixtures(4)
     condition = torch.nn.functional.normalize(torch.randn(4, config.condition_dim), dim=-1)
@@ -265,34 +327,61 @@ def test_training_steps_reduce_the_loss(prepared, mask_steps):
     assert history[-1] < history[0] - 0.3
 
 
-def test_texts_are_spread_before_audio_is_heard():
-    from clapsep.clap import Clap
-    from clapsep.training.pretrain import spread_texts
+def test_silence_loss_is_the_energy_left():
+    mixture = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
+    loss = losses.silence_loss(0.1 * mixture, mixture)
+    assert float(loss) == pytest.approx(10 * math.log10(0.01 + 0.001), abs=1e-4)
+    assert float(losses.silence_loss(torch.zeros_like(mixture), mixture)) == pytest.approx(-30, abs=1e-4)
 
+
+def test_two_queries_of_each_mixture(work, prepared):
+    clap = Clap(tiny())
+    queries = QueryBank(clap, *bank_arguments(prepared))
+    draws = sampler(prepared, snr_db=5.0)
+    batch = default.MixtureBatches(draws, queries, 64, seed=0)[5]
+    assert batch.index.tolist() == [*range(64)] * 2
+    first, second = batch.target.chunk(2)
+    silent = second.abs().amax(-1) == 0
+    assert torch.equal(batch.absent, torch.cat([torch.zeros(64, dtype=torch.bool), silent]))
+    assert 3 <= silent.sum() <= 25  # a fifth of 64
+    torch.testing.assert_close((first + second)[~silent], batch.mixture[~silent])
+    one_sided = (batch.condition.unflatten(-1, (2, -1)).abs().amax(-1) == 0).sum(0)
+    assert all(20 <= count <= 50 for count in one_sided)  # a quarter of 128
+
+
+def test_an_earlier_separator_is_asked_in_the_new_language(prepared):
     torch.manual_seed(0)
-    clap = Clap(MINI)
-    tokenizer = tokens.build_tokenizer(vocabulary.words(), 32)
-    texts = [vocabulary.BY_NAME[name].wordings[0] for name in vocabulary.CLAIMED]
+    clap, (tokenizer, *_) = Clap(tiny()).eval(), bank_arguments(prepared)
+    turn = torch.linalg.qr(torch.randn(16, 16)).Q
 
-    def closeness():
+    def embed(text):
         with torch.no_grad():
-            embedded = clap.embed_text(*tokens.tokens(tokenizer, texts))
-        return float((embedded @ embedded.T).mean())
+            return clap.embed_text(*tokens.tokens(tokenizer, [text]))[0]
 
-    before = closeness()
-    spread_texts(clap, tokenizer, vocabulary.CLAIMED, 60, seed=0)
-    assert before > 0.9
-    assert closeness() < 0.5
+    class Queries:
+        def conditions(self, asked):
+            (text,) = asked[0].positive_text
+            return torch.cat([embed(text) @ turn, torch.zeros(16)])[None]
+
+    earlier = SimpleNamespace(model=ClapSep(tiny()), queries=Queries())
+    model = ClapSep(tiny())
+    default.adopt(model, clap, tokenizer, earlier)
+    text = embed("a dog")
+    new, old = (torch.cat([side, -side])[None] for side in (text, text @ turn))
+    mixture = torch.randn(1, 80_000)
+    with torch.no_grad():
+        mine, theirs = model.eval().separate(mixture, new), earlier.model.eval().separate(mixture, old)
+    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
 
 
 def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
-    from clapsep.training import default
     from clapsep.training.__main__ import main
 
     monkeypatch.setattr(default, "VALIDATION_MIXTURES", 6)
 
     common = ["--work", str(work)]
-    main([*common, "pretrain", "--steps", "2", "--batch", "3", "--processes", "1"])
+    towers = ["--text-steps", "2", "--phrases", "20", "--words", "200"]
+    main([*common, "pretrain", "--steps", "2", "--batch", "3", "--processes", "1", *towers])
     main([*common, "train", "--steps", "2", "--mask-steps", "1", "--batch", "2", "--processes", "1"])
     main([*common, "export", "--corpus", str(folder), "--bundle", str(tmp_path)])
     loaded = bundle.load(str(tmp_path))
@@ -301,7 +390,7 @@ def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
     with (tmp_path / "ATTRIBUTION.csv").open(newline="") as file:
         originals = {(row["source"], row["source_group"]) for row in csv.DictReader(file)}
     assert {source for source, _ in originals} == {SOURCES["train"], SOURCES["validation"]}
-    rows = evaluate.draw_test_list(prepared, vocabulary.CLAIMED, per_class=1, seed=0)
+    rows = evaluate.draw(prepared, vocabulary.CLAIMED, per_class=1, seed=0)
     evaluate.write_test_list(rows, tmp_path / "list.csv")
     assert evaluate.read_test_list(tmp_path / "list.csv") == rows
     records = evaluate.evaluate(loaded, prepared, rows)
