@@ -1,8 +1,8 @@
 """Random mixtures and single clips for training, drawn from a prepared corpus.
 
 A draw is: a coarse class, by its weight; one of its source groups, by the square root of its seconds
-(variety of sources counts more than hours); one of its clips; a window of it. The two sides of a mixture are of two
-classes that may be opposed, and of two source groups.
+(variety of sources counts more than hours); one of its clips; a window of it. The two sides of a mixture
+are of two classes that may be opposed, and of two source groups.
 """
 
 from __future__ import annotations
