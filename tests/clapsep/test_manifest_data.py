@@ -261,7 +261,8 @@ class TestRefusals:
 
 
 class TestPretraining:
-    def test_towers_from_nothing_make_a_bundle_that_fit_begins_with(self, manifest, tmp_path):
+    def test_towers_from_nothing_make_a_bundle_that_fit_begins_with(self, manifest, tmp_path, monkeypatch):
+        monkeypatch.setattr(contrastive, "SPREAD_STEPS", 2)
         given = {"steps": 2, "batch": 3, "config": tiny_config()}
         digest = contrastive.pretrain(str(manifest), tmp_path / "towers", **given)
         loaded = bundle.load(str(tmp_path / "towers"))
