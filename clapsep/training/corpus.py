@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from clapsep.training import soundfont, vocabulary
+from clapsep.training import soundfont, sources, vocabulary
 from clapsep.training.split import NEAR_DUPLICATES, Split, source_name, splits
 
 SAMPLE_RATE = 32000
@@ -79,10 +79,15 @@ def load(cache: Path) -> Corpus:
 
 
 def prepare(folder: Path, cache: Path, train_banks: Sequence[Path], test_banks: Sequence[Path]) -> Corpus:
-    """Decode everything under `folder` and render the banks into `cache`; returns the corpus."""
+    """Decode everything under `folder` and render the banks into `cache`; returns the corpus.
+
+    Raises ValueError for a recording that is not the one of the committed table (`sources`).
+    """
     cache.mkdir(parents=True, exist_ok=True)
     rows = [*_large_corpus(folder / "train_corpus"), *_sample_corpus(folder / "sample_corpus")]
     rows = [row for row in rows if row[3] not in NEAR_DUPLICATES]
+    known = sources.check(folder, [row[0] for row in rows])
+    print(f"{known} of {len(rows)} recordings are those of the committed table", flush=True)
     split_by_group = splits((row[2], row[3]) for row in rows)
     clips: list[Clip] = []
     offset = 0

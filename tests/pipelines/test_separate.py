@@ -288,6 +288,7 @@ def test_flags_reach_the_stems(audio, random_bundle, tmp_path):
     assert metrics["many"]["positive_text"] == ["dog", "bell"]
     assert metrics["many"]["negative_text"] == ["rain"]
     assert metrics["own"]["negative_text"] == []
+    assert metrics["own"]["query_familiarity"] < 1.0 == metrics["many"]["query_familiarity"]
     info = soundfile.info(tmp_path / "output" / metrics["many"]["stem"])
     assert (info.format, info.subtype) == ("WAV", "FLOAT")
     settings = json.loads((tmp_path / "output" / "run.json").read_text())["settings"]
