@@ -68,6 +68,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.sharing
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.training
 
 # The banks are in Debian's csound-soundfont and fluidr3mono-gm-soundfont; rendering them needs tinysoundfont.
 train-mini: export MALLOC_MMAP_MAX_ := 0

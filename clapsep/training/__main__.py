@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluate.add_argument("--bundle", type=Path, help="default: the embedded one")
     evaluate.add_argument("--records", type=Path, help="write one line per mixture here (CSV)")
     evaluate.add_argument("--validation", action="store_true", help="draw validation mixtures instead")
+    evaluate.add_argument("--extremes", type=Path, metavar="FOLDER", help="write the worst and the best here")
     evaluate.add_argument("--card", action="store_true", help="write the table into the bundle's card")
 
     _add_fit(commands.add_parser("fit", help="fine-tune on a manifest; resumes what is in --out"))
@@ -290,13 +291,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         rows = evaluate.read_test_list()
     records = evaluate.evaluate(loaded, prepared, rows, "validation" if options.validation else "test")
-    summary = evaluate.summarise(records)
+    summary = evaluate.summarise(records) | {"free_wording": evaluate.free_wording(loaded)}
     print(evaluate.table(summary))
     if options.records:
         with options.records.open("w", newline="") as file:
             writer = csv.DictWriter(file, list(records[0]))
             writer.writeheader()
             writer.writerows(records)
+    if options.extremes:
+        evaluate.write_extremes(records, rows, prepared, options.extremes)
     if options.card:
         export.write_measurement(options.bundle, summary)
 

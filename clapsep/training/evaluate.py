@@ -12,6 +12,7 @@ none of a source group that is in the mixture: what a user has who was given no 
 from __future__ import annotations
 
 import csv
+import json
 import random
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -36,6 +38,7 @@ from clapsep.training.data import NONE, Sampler
 from clapsep.training.losses import si_snr
 from clapsep.training.queries import embed_windows
 from clapsep.training.split import Split
+from clapsep.training.text_tower import retrieved
 
 SECONDS = 5.0
 EXAMPLES = (1, 5, 10)
@@ -282,9 +285,47 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return summary
 
 
+def free_wording(bundle: Bundle) -> dict[str, Any]:
+    """Share of the wordings never trained on that are nearest to their own class, of the card's classes."""
+    names = bundle.card["classes"]
+    wordings = vocabulary.all_wordings()
+    found = retrieved(
+        bundle.clap,
+        bundle.tokenizer,
+        {name: wordings[name] for name in names},
+        {name: vocabulary.UNSEEN[name] for name in names},
+    )
+    right = [name == nearest for name, answers in found.items() for _, nearest in answers]
+    return {"retrieved": round(sum(right) / len(right), 3), "count": len(right)}
+
+
+def write_extremes(
+    records: Sequence[dict[str, Any]], rows: Sequence[TestMixture], corpus: Corpus, folder: Path
+) -> None:
+    """Write the worst, a poor (one in ten is worse), the median and the best mixture, and their manifest."""
+    order = sorted(range(len(rows)), key=lambda index: records[index]["both"])
+    places = {"worst": 0.0, "poor": 0.1, "median": 0.5, "best": 1.0}
+    chosen = {name: order[round(place * (len(order) - 1))] for name, place in places.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    waveforms = render(corpus, [rows[index] for index in chosen.values()])
+    lines = []
+    for (name, index), (mixture, target) in zip(chosen.items(), waveforms, strict=True):
+        for what, audio in (("mixture", mixture), ("target", target)):
+            soundfile.write(folder / f"{name}-{what}.wav", audio.numpy(), SAMPLE_RATE, "FLOAT")
+        row = {
+            "id": f"{name} ({records[index]['both']:.1f} dB)",
+            "mixture": f"{name}-mixture.wav",
+            "target": f"{name}-target.wav",
+            "positive_text": rows[index].positive_text,
+            "negative_text": rows[index].negative_text,
+        }
+        lines.append(json.dumps(row) + "\n")
+    (folder / "extremes.jsonl").write_text("".join(lines))
+
+
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table, SI-SDRi in dB."""
-    overall = {key: row for key, row in summary.items() if key not in ("per_class", "absent_class")}
+    overall = {key: row for key, row in summary.items() if "mean" in row}
     rows = {f"all: {key.replace('_', ' ')}": row for key, row in overall.items()} | summary["per_class"]
     lines = ["| target | mixtures | mean | median | below 0 |", "|---|---|---|---|---|"]
     for name, row in rows.items():
@@ -297,4 +338,9 @@ def table(summary: dict[str, Any]) -> str:
         f"A query for a class that is not there leaves {LEFT_ALONE_DB:g} dB or less in "
         f"{absent['left_alone']:.0%} of the mixtures (median {absent['median_db']:g} dB)."
     )
+    if "free_wording" in summary:
+        wording = summary["free_wording"]
+        lines.append(
+            f"Of {wording['count']} wordings never trained on, {wording['retrieved']:.0%} find their class."
+        )
     return "\n".join(lines)

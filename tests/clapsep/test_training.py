@@ -1,6 +1,7 @@
 """Training: splits kept apart, losses equal to their formulas, steps that learn, a whole tiny run."""
 
 import csv
+import json
 import math
 import shutil
 from dataclasses import replace
@@ -413,7 +414,15 @@ def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
     summary = evaluate.summarise(records)
     assert summary["oracle_ratio_mask"]["mean"] > 5 > summary["positive_and_negative_text"]["mean"]
     assert set(summary["per_class"]) == {"speech", "drums", "birds"}
-    assert "| all: positive text only | 3 |" in evaluate.table(summary)
+    wording = evaluate.free_wording(loaded)
+    assert wording["count"] == sum(len(vocabulary.UNSEEN[name]) for name in vocabulary.CLAIMED)
+    printed = evaluate.table(summary | {"free_wording": wording})
+    assert "| all: positive text only | 3 |" in printed
+    assert f"{wording['retrieved']:.0%} find their class" in printed
+    evaluate.write_extremes(records, rows, prepared, tmp_path / "extremes")
+    manifest = [json.loads(line) for line in (tmp_path / "extremes" / "extremes.jsonl").open()]
+    assert manifest[0]["id"] == f"worst ({min(record['both'] for record in records):.1f} dB)"
+    assert soundfile.info(tmp_path / "extremes" / manifest[-1]["target"]).frames == 5 * 32_000
 
 
 def test_a_corpus_without_the_listed_recordings_is_refused(prepared):
