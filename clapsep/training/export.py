@@ -109,6 +109,8 @@ def notice(attribution: Sequence[Mapping[str, str]]) -> str:
         credits[key] = credits.get(key, 0) + 1
     lines = [
         "clapsep-mini was trained on the recordings listed in ATTRIBUTION.csv, none of which is part of it.",
+        "Its text tower was distilled from sentence-transformers/all-MiniLM-L6-v2 (Apache-2.0); its words",
+        "and parts of words are from that model's vocabulary.",
         "Authors, licences and the number of recordings:",
         "",
         *(f"  {author} ({licence}): {count}" for (author, licence), count in sorted(credits.items())),
