@@ -17,7 +17,6 @@ from clapsep.audio import AudioError, Recording, StreamResampler
 from clapsep.clap import Clap
 from clapsep.config import ModelConfig
 
-TEXT_BATCH = 128
 WINDOW_BATCH = 8
 
 
@@ -136,7 +135,6 @@ class QueryEncoder:
             return None
         known = torch.stack(list(self._texts(self.vocabulary).values()))
         asked = torch.stack(list(self._texts(texts).values()))
-        # What shares a batch with a text may change its embedding's last bits.
         return round((asked @ known.T).amax(dim=1).min().clamp(-1.0, 1.0).item(), 4)
 
     @property
@@ -180,9 +178,8 @@ class QueryEncoder:
     def _texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
         found = self._recall({text: ("text", text) for text in texts})
         missing = [text for text in dict.fromkeys(texts) if text not in found]
-        for first in range(0, len(missing), TEXT_BATCH):
-            batch = missing[first : first + TEXT_BATCH]
-            found.update(zip(batch, self._embed_texts(batch), strict=True))
+        # One by one: what shares a batch with a text changes its embedding's last bits, and so the stem's.
+        found |= {text: self._embed_text(text) for text in missing}
         self._remember({("text", text): found[text] for text in missing})
         return found
 
@@ -193,9 +190,9 @@ class QueryEncoder:
         self._remember({keys[uri]: embedding for uri, embedding in missing.items()})
         return found | missing
 
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
-        ids, mask = self.tokens(texts)
-        return self.clap.embed_text(ids.to(self.device), mask.to(self.device))
+    def _embed_text(self, text: str) -> Tensor:
+        ids, mask = self.tokens([text])
+        return self.clap.embed_text(ids.to(self.device), mask.to(self.device))[0]
 
     def _embed_recording(self, uri: str) -> Tensor:
         sample_rate = self.config.encoder.spectrogram.sample_rate

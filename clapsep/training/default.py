@@ -39,6 +39,9 @@ EMA_DECAY = 0.998
 ABSENT = 0.2
 """Share of the second queries that ask for a class which is not in the mixture."""
 
+RIDGE = 0.01
+"""Variance of the training queries below which a direction is noise; chosen on validation (`runs.json`)."""
+
 FILM_SPREAD = 0.7
 """Standard deviation of the FiLM weights at the start: a condition has unit norm, so this moves each gain
 by about as much, where torch's default (1/16) would leave the query without a voice."""
@@ -77,11 +80,29 @@ def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> 
         known.append(text)
     present = clap.eval().embed_text(*tokens(tokenizer, known))
     turn = torch.linalg.lstsq(present, torch.stack(old), driver="gelsd").solution
+    _turn(model, turn.T)
+
+
+@torch.no_grad()
+def steady(model: ClapSep, queries: Tensor, ridge: float = RIDGE) -> None:
+    """Keep of the weights that read conditions what `queries`, (N, joint) of unit norm, make use of.
+
+    Training leaves large weights for directions in which its queries hardly differ; a wording that was not
+    trained with then moves the model at random. Ridge regression, with a strength of `ridge`, of what the
+    weights make of the queries: a direction of less than that variance is shrunk.
+    """
+    covariance = (queries.T @ queries / len(queries)).double()
+    eye = torch.eye(len(covariance), dtype=torch.float64)
+    kept = (covariance @ torch.linalg.inv(covariance + ridge * eye)).float()
+    _turn(model, kept)
+
+
+def _turn(model: ClapSep, turn: Tensor) -> None:
     for module in model.modules():
         if isinstance(module, Film):
             for linear in (module.gamma, module.beta):
                 sides = linear.weight.data.chunk(2, dim=1)
-                linear.weight.data = torch.cat([side @ turn.T for side in sides], dim=1)
+                linear.weight.data = torch.cat([side @ turn for side in sides], dim=1)
 
 
 class MixtureBatches(Dataset):
@@ -220,5 +241,6 @@ def train(
     run(module, data, folder, processes=processes, precision=fastest_precision(), ema=EMA_DECAY)
     path = folder / SEPARATOR
     if module.global_rank == 0:
+        steady(module.model, data.queries.embeddings)
         save_file(module.model.state_dict(), path)
     return path
