@@ -17,22 +17,20 @@ from hypothesis import strategies as st
 
 from clapsep import bundle
 from clapsep.clap import Clap
-from clapsep.config import MINI
 from clapsep.model import ClapSep
 from clapsep.training import (
     corpus,
     default,
     evaluate,
     losses,
-    pretrain,
     sources,
     split,
-    text_tower,
     tokens,
     vocabulary,
 )
 from clapsep.training.data import NONE, Sampler
 from clapsep.training.queries import QueryBank
+from tests.clapsep.training_runs import tiny_mini
 
 AUDIO = Path(__file__).parents[2] / "manifests" / "audio"
 RECORDINGS = {"speech_male": "man_speaking", "drums": "drums", "birds": "birds"}
@@ -249,63 +247,6 @@ def test_contrastive_loss_with_single_positives_is_info_nce():
     )
 
 
-# --- tokens ---------------------------------------------------------------------------------------
-
-
-def test_words_are_spelled_in_parts_and_case_does_not_matter():
-    tokenizer = tokens.build_tokenizer(["dog", "bark", "##ing", "a"], 8)
-    assert tokenizer.encode("A dog, barking!").tokens == ["<s>", "a", "dog", "bark", "##ing", "</s>"]
-    assert tokenizer.encode("a cat").tokens == ["<s>", "a", "<unk>", "</s>"]
-
-
-# --- text tower -----------------------------------------------------------------------------------
-
-
-def test_joint_space_draws_classes_apart_and_their_wordings_together():
-    rng = torch.Generator().manual_seed(0)
-    # What all texts share, a little that tells classes apart, and much that tells wordings apart.
-    shared, classes = torch.randn(1, 384, generator=rng), torch.randn(6, 384, generator=rng)
-    wordings = torch.randn(12, 384, generator=rng)
-
-    def texts(number):
-        noise = torch.randn(8, 12, generator=rng) @ wordings
-        return torch.nn.functional.normalize(4 * shared + classes[number] + 0.7 * noise, dim=-1)
-
-    def closeness(rows):
-        return float((rows @ rows.T).mean())
-
-    given = {str(number): texts(number) for number in range(6)}
-    space = text_tower.JointSpace(given, 16)
-    fresh = [texts(number) for number in range(6)]
-    means = torch.stack([space(rows).mean(0) for rows in fresh])
-    assert means.shape == (6, 16)
-    assert closeness(torch.cat(fresh)) > 0.6 > 0.2 > closeness(torch.cat([space(rows) for rows in fresh]))
-    told = [int((space(row[None]) @ means.T).argmax()) for rows in fresh for row in rows]
-    assert np.mean([number == index // 8 for index, number in enumerate(told)]) > 0.9
-
-
-def test_text_tower_learns_its_lesson():
-    wordings = {name: vocabulary.all_wordings()[name] for name in ("dog", "speech", "drums")}
-    lesson = text_tower.Lesson.prepare(wordings, 16, count=300, seed=0, most_words=300)
-    assert {"dog", "speech", "##s", "q"} <= set(lesson.vocabulary)
-    clap, tokenizer = pretrain.pretrain_text(tiny(), lesson, steps=200, seed=0)
-    with torch.no_grad():
-        learned = clap.embed_text(*tokens.tokens(tokenizer, lesson.named))
-    assert float((learned * lesson.named_aims).sum(-1).mean()) > 0.5
-    found = text_tower.retrieved(clap, tokenizer, wordings, {"dog": ["a dog that barks"]})
-    assert found == {"dog": [("a dog that barks", "dog")]}
-    again, _ = pretrain.pretrain_text(tiny(), lesson, steps=200, seed=0)
-    assert all(
-        torch.equal(one, other) for one, other in zip(clap.parameters(), again.parameters(), strict=True)
-    )
-
-
-def test_texts_that_measure_free_wording_are_not_trained_on():
-    trained = {text for texts in vocabulary.all_wordings().values() for text in texts}
-    assert set(vocabulary.UNSEEN) == set(vocabulary.BY_NAME)
-    assert not trained & {text for texts in vocabulary.UNSEEN.values() for text in texts}
-
-
 # --- learning -------------------------------------------------------------------------------------
 
 
@@ -315,19 +256,12 @@ def bank_arguments(prepared):
     return tokens.build_tokenizer(words, 32), sampler(prepared), clips, 0
 
 
-def tiny():
-    encoder = replace(MINI.encoder, embed=8, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8))
-    decoder = replace(MINI.decoder, masker_width=32, masker_heads=4)
-    text = replace(MINI.text, width=16, feed_forward=32)
-    return replace(MINI, joint=16, encoder=encoder, decoder=decoder, text=text)
-
-
 @pytest.mark.parametrize("mask_steps", [0, 1000], ids=["separation loss", "mask loss"])
 def test_training_steps_reduce_the_loss(prepared, mask_steps):
     from clapsep.training.fit import Batch, SeparatorTraining
 
     torch.manual_seed(0)
-    config = tiny()
+    config = tiny_mini()
     model = ClapSep(config)
     default.initialise(model, Clap(config))
     training = SeparatorTraining(model, 3e-3, mask_steps=mask_steps)
@@ -352,7 +286,7 @@ def test_silence_loss_is_the_energy_left():
 
 
 def test_two_queries_of_each_mixture(work, prepared):
-    clap = Clap(tiny())
+    clap = Clap(tiny_mini())
     queries = QueryBank(clap, *bank_arguments(prepared))
     draws = sampler(prepared, snr_db=5.0)
     batch = default.MixtureBatches(draws, queries, 64, seed=0)[5]
@@ -368,7 +302,7 @@ def test_two_queries_of_each_mixture(work, prepared):
 
 def test_an_earlier_separator_is_asked_in_the_new_language(prepared):
     torch.manual_seed(0)
-    clap, (tokenizer, *_) = Clap(tiny()).eval(), bank_arguments(prepared)
+    clap, (tokenizer, *_) = Clap(tiny_mini()).eval(), bank_arguments(prepared)
     turn = torch.linalg.qr(torch.randn(16, 16)).Q
 
     def embed(text):
@@ -380,8 +314,8 @@ def test_an_earlier_separator_is_asked_in_the_new_language(prepared):
             (text,) = asked[0].positive_text
             return torch.cat([embed(text) @ turn, torch.zeros(16)])[None]
 
-    earlier = SimpleNamespace(model=ClapSep(tiny()), queries=Queries())
-    model = ClapSep(tiny())
+    earlier = SimpleNamespace(model=ClapSep(tiny_mini()), queries=Queries())
+    model = ClapSep(tiny_mini())
     default.adopt(model, clap, tokenizer, earlier)
     text = embed("a dog")
     new, old = (torch.cat([side, -side])[None] for side in (text, text @ turn))
@@ -393,7 +327,7 @@ def test_an_earlier_separator_is_asked_in_the_new_language(prepared):
 
 def test_what_no_query_uses_moves_the_separator_no_more():
     torch.manual_seed(0)
-    model, mixture = ClapSep(tiny()).eval(), torch.randn(1, 80_000)
+    model, mixture = ClapSep(tiny_mini()).eval(), torch.randn(1, 80_000)
     used, unused = torch.linalg.qr(torch.randn(16, 16)).Q.split([10, 6], dim=1)
     queries = torch.nn.functional.normalize(torch.randn(200, 10) @ used.T, dim=-1)
     trained, stranger = queries[0], unused[:, 0]

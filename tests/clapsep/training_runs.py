@@ -96,3 +96,11 @@ def _doomed(when: str, *arguments) -> None:
         # The last of what a validation does, before the checkpoint that a run resumes from.
         die_at(fit.ModelCheckpoint, "on_train_epoch_end")
     tune(*places, **settings)
+
+
+def tiny_mini() -> ModelConfig:
+    """The embedded default's configuration, narrow enough to train in a test."""
+    encoder = replace(MINI.encoder, embed=8, depths=(1, 1, 1, 1), heads=(1, 2, 4, 8))
+    decoder = replace(MINI.decoder, masker_width=32, masker_heads=4)
+    text = replace(MINI.text, width=16, feed_forward=32)
+    return replace(MINI, joint=16, encoder=encoder, decoder=decoder, text=text)

@@ -1,0 +1,58 @@
+"""The default's text tower: its tokenizer, the joint space, and what distillation learns."""
+
+import numpy as np
+import torch
+
+from clapsep.training import pretrain, text_tower, tokens, vocabulary
+from tests.clapsep.training_runs import tiny_mini
+
+
+def test_words_are_spelled_in_parts_and_case_does_not_matter():
+    tokenizer = tokens.build_tokenizer(["dog", "bark", "##ing", "a"], 8)
+    assert tokenizer.encode("A dog, barking!").tokens == ["<s>", "a", "dog", "bark", "##ing", "</s>"]
+    assert tokenizer.encode("a cat").tokens == ["<s>", "a", "<unk>", "</s>"]
+
+
+def test_joint_space_draws_classes_apart_and_their_wordings_together():
+    rng = torch.Generator().manual_seed(0)
+    # What all texts share, a little that tells classes apart, and much that tells wordings apart.
+    shared, classes = torch.randn(1, 384, generator=rng), torch.randn(6, 384, generator=rng)
+    wordings = torch.randn(12, 384, generator=rng)
+
+    def texts(number):
+        noise = torch.randn(8, 12, generator=rng) @ wordings
+        return torch.nn.functional.normalize(4 * shared + classes[number] + 0.7 * noise, dim=-1)
+
+    def closeness(rows):
+        return float((rows @ rows.T).mean())
+
+    given = {str(number): texts(number) for number in range(6)}
+    space = text_tower.JointSpace(given, 16)
+    fresh = [texts(number) for number in range(6)]
+    means = torch.stack([space(rows).mean(0) for rows in fresh])
+    assert means.shape == (6, 16)
+    assert closeness(torch.cat(fresh)) > 0.6 > 0.2 > closeness(torch.cat([space(rows) for rows in fresh]))
+    told = [int((space(row[None]) @ means.T).argmax()) for rows in fresh for row in rows]
+    assert np.mean([number == index // 8 for index, number in enumerate(told)]) > 0.9
+
+
+def test_text_tower_learns_its_lesson():
+    wordings = {name: vocabulary.all_wordings()[name] for name in ("dog", "speech", "drums")}
+    lesson = text_tower.Lesson.prepare(wordings, 16, count=300, seed=0, most_words=300)
+    assert {"dog", "speech", "##s", "q"} <= set(lesson.vocabulary)
+    clap, tokenizer = pretrain.pretrain_text(tiny_mini(), lesson, steps=200, seed=0)
+    with torch.no_grad():
+        learned = clap.embed_text(*tokens.tokens(tokenizer, lesson.named))
+    assert float((learned * lesson.named_aims).sum(-1).mean()) > 0.5
+    found = text_tower.retrieved(clap, tokenizer, wordings, {"dog": ["a dog that barks"]})
+    assert found == {"dog": [("a dog that barks", "dog")]}
+    again, _ = pretrain.pretrain_text(tiny_mini(), lesson, steps=200, seed=0)
+    assert all(
+        torch.equal(one, other) for one, other in zip(clap.parameters(), again.parameters(), strict=True)
+    )
+
+
+def test_texts_that_measure_free_wording_are_not_trained_on():
+    trained = {text for texts in vocabulary.all_wordings().values() for text in texts}
+    assert set(vocabulary.UNSEEN) == set(vocabulary.BY_NAME)
+    assert not trained & {text for texts in vocabulary.UNSEEN.values() for text in texts}
