@@ -161,15 +161,18 @@ def _pretrain(options: argparse.Namespace) -> None:
 
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / pretrain.TOWERS).exists():
+        unseen = {text for texts in vocabulary.UNSEEN.values() for text in texts}
         lesson = Lesson.prepare(
-            vocabulary.all_wordings(), MINI.joint, options.phrases, options.seed, options.words
+            vocabulary.all_wordings(), MINI.joint, options.phrases, options.seed, options.words, unseen
         )
         pretrain.save_towers(
             *pretrain.pretrain_text(MINI, lesson, options.text_steps, options.seed), options.work
         )
     clap, tokenizer = pretrain.load_towers(MINI, options.work)
     if options.start:
-        clap.audio_branch.load_state_dict(bundle.load(options.start).clap.audio_branch.state_dict())
+        earlier = bundle.load(options.start).clap
+        clap.audio_branch.load_state_dict(earlier.audio_branch.state_dict())
+        clap.audio_projection.load_state_dict(earlier.audio_projection.state_dict())
     pretrain.pretrain(
         corpus.load(options.work / "corpus"),
         clap,

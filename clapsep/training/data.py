@@ -36,9 +36,9 @@ class Augmentation:
         open_band: probability that the sides keep their own, different bandwidths.
     """
 
-    snr_db: float = 5.0
-    speed: float = 0.18
-    eq_db: float = 5.0
+    snr_db: float = 4.0
+    speed: float = 0.12
+    eq_db: float = 3.0
     level_db: float = 5.0
     lower_cutoff: float = 0.15
     open_band: float = 0.4

@@ -36,7 +36,7 @@ VALIDATION_MIXTURES = 240
 VALIDATION_BATCH = 20
 EMA_DECAY = 0.998
 
-ABSENT = 0.2
+ABSENT = 0.3
 """Share of the second queries that ask for a class which is not in the mixture."""
 
 RIDGE = 0.01
@@ -64,11 +64,12 @@ def initialise(model: ClapSep, clap: Clap) -> None:
 
 
 @torch.no_grad()
-def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> None:
-    """Begin with the separator of an earlier bundle, whose queries lie in another joint space.
+def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle, ridge: float = RIDGE) -> None:
+    """Begin with the separator of an earlier bundle, whose queries come from other towers.
 
-    The weights that read conditions are turned by the least-squares map from its text embeddings to the
-    present ones, over the wordings whose words it knows.
+    The weights that read conditions are turned by the map from the present text embeddings to its own, over
+    the wordings whose words it knows: ridge regression towards the identity, with a strength of `ridge`, for
+    exact least squares leaves weights of ten times the norm.
     """
     model.load_state_dict(earlier.model.state_dict())
     known, old = [], []
@@ -78,9 +79,10 @@ def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> 
         except QueryError:
             continue
         known.append(text)
-    present = clap.eval().embed_text(*tokens(tokenizer, known))
-    turn = torch.linalg.lstsq(present, torch.stack(old), driver="gelsd").solution
-    _turn(model, turn.T)
+    present, wanted = clap.eval().embed_text(*tokens(tokenizer, known)).double(), torch.stack(old).double()
+    prior = ridge * torch.eye(model.config.joint, dtype=torch.float64)
+    turn = torch.linalg.solve(present.T @ present / len(old) + prior, present.T @ wanted / len(old) + prior)
+    _turn(model, turn.T.float())
 
 
 @torch.no_grad()

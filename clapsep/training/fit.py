@@ -19,11 +19,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clapsep.decoder import Film
 from clapsep.model import ClapSep
 from clapsep.training.curves import Curves
 from clapsep.training.loop import Precision, make_trainer
 from clapsep.training.lora import has_lora
 from clapsep.training.losses import mask_loss, separation_loss, si_snr, silence_loss
+from clapsep.training.muon import Muon, matrices
 
 LAST = "last.ckpt"
 BEST = "best.ckpt"
@@ -58,15 +60,16 @@ class Batch(NamedTuple):
 
 
 class SeparatorTraining(lightning.LightningModule):
-    """-0.9 SNR - 0.1 SI-SNR of the model's waveform, by AdamW, on all parameters that require a gradient.
+    """-0.9 SNR - 0.1 SI-SNR of the model's waveform, on all parameters that require a gradient.
 
     An encoder with LoRA stays in evaluation mode: its batch norm keeps CLAP's statistics, as published.
 
     Args:
         model: what is trained.
-        learning_rate: of AdamW.
+        learning_rate: of AdamW, or of Muon.
         encoder_share: factor on the encoder's learning rate.
-        cycle_steps: length of a one-cycle schedule; None lowers the rate when validation stops improving.
+        cycle_steps: length of a one-cycle schedule by Muon; None is as published: AdamW, and the rate is
+            lowered when validation stops improving.
         mask_steps: steps that fade from the mask loss to the separation loss.
         labels: what validation is also reported by.
         seed: of what a step draws.
@@ -161,12 +164,20 @@ class SeparatorTraining(lightning.LightningModule):
             for part, share in parts.items()
             if (trained := [parameter for parameter in part.parameters() if parameter.requires_grad])
         ]
-        optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=0.01)
         if self.cycle_steps is None:
+            optimizer = torch.optim.AdamW(groups, self.learning_rate, weight_decay=0.01)
             schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
                 optimizer, mode="max", factor=PLATEAU_FACTOR, patience=PLATEAU_PATIENCE, min_lr=LOWEST_RATE
             )
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "si_sdri"}}
+        hidden = matrices(self.model, without=Film)
+        groups = [
+            {**group, "params": chosen, "matrices": kind}
+            for group in groups
+            for kind in (True, False)
+            if (chosen := [parameter for parameter in group["params"] if (parameter in hidden) == kind])
+        ]
+        optimizer = Muon(groups, self.learning_rate)
         rates = [group["lr"] for group in groups]
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, rates, self.cycle_steps, pct_start=0.06, div_factor=20, final_div_factor=100

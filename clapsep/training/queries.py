@@ -17,6 +17,9 @@ from clapsep.training.corpus import SAMPLE_RATE, Clip
 from clapsep.training.data import Sampler
 from clapsep.training.tokens import tokens
 
+NOISE = 0.2
+"""Norm of what is added to a training query: how far apart two text towers of the same lesson put a text."""
+
 TEMPLATES = ("{}", "{}", "the sound of {}", "sound of {}", "{} sound", "{} sounds")
 
 
@@ -67,6 +70,8 @@ class QueryBank:
         return self.texts[phrase(clip.member, self.random)]
 
     def side(self, clip: Clip, share: float) -> Tensor:
-        """(joint,) interpolation of a text (`share`) and an audio (1 - `share`) query for the clip."""
+        """(joint,) interpolation of a text (`share`) and an audio query for the clip, blurred."""
         name = clip.name if self.random.random() < 0.5 else self.random.choice(self._alike[clip.member])
-        return interpolate(self.text(clip), self.audio[name], share)
+        query = interpolate(self.text(clip), self.audio[name], share)
+        draws = torch.Generator().manual_seed(self.random.getrandbits(63))
+        return query + NOISE * torch.randn(len(query), generator=draws) / len(query) ** 0.5

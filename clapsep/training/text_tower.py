@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,9 @@ WHOLE_WORDS, PIECES = 4200, 1300
 
 NEAR_WORDS = 3000
 """Words nearest to what can be heard, of which half of the phrases are made."""
+
+REPEATS = 3
+"""How often the words that the small tower knows whole come among its texts, for once of any other."""
 
 FREQUENT_WORDS = 1200
 """Words that are known whole because any text may hold them; the others are the nearest ones."""
@@ -170,31 +173,33 @@ class Lesson:
         count: int,
         seed: int,
         most_words: int | None = None,
+        held_out: Collection[str] = (),
     ) -> Lesson:
         """The teacher's words (at most `most_words`), `count` phrases of them, and every wording in every
-        template, embedded by the teacher and mapped.
+        template, embedded by the teacher and mapped; without the texts in `held_out`.
         """
         teacher = Teacher()
         by_class = {name: teacher.embed(texts) for name, texts in wordings.items()}
         space = JointSpace(by_class, joint)
         entries = teacher.entries
-        words = [entry for entry in entries if not entry.startswith("##")][:most_words]
-        anchors = torch.cat([*by_class.values(), teacher.embed(SOUNDS)])
-        words_embedded = teacher.embed(words)
-        nearness = (words_embedded @ anchors.T).amax(1)
-        near = [words[i] for i in nearness.argsort(descending=True)[:WHOLE_WORDS].tolist()]
         taught = (*SOUNDS, *PHRASES, *TEMPLATES, *(text for texts in wordings.values() for text in texts))
         needed = sorted({word for text in taught for word in WORD.findall(text)})
-        whole = list(dict.fromkeys([*needed, *words[:FREQUENT_WORDS], *near]))[:WHOLE_WORDS]
+        frequent = [entry for entry in entries if not entry.startswith("##")][:most_words]
+        words = list(dict.fromkeys([*frequent, *needed]))
+        anchors = torch.cat([*by_class.values(), teacher.embed(SOUNDS)])
+        nearness = (teacher.embed(words) @ anchors.T).amax(1)
+        near = [words[i] for i in nearness.argsort(descending=True)[:WHOLE_WORDS].tolist()]
+        whole = list(dict.fromkeys([*needed, *frequent[:FREQUENT_WORDS], *near]))[:WHOLE_WORDS]
         letters = [prefix + letter for letter in string.ascii_lowercase for prefix in ("", "##")]
         pieces = [entry for entry in entries if entry.startswith("##")]
         spelled = list(dict.fromkeys([*letters, *pieces]))[:PIECES]
         made = phrases(words, near[:NEAR_WORDS], count, seed)
+        texts = [text for text in (*words, *SOUNDS, *(REPEATS - 1) * whole, *made) if text not in held_out]
         named = sorted({t.format(text) for group in wordings.values() for text in group for t in TEMPLATES})
         return cls(
             tuple(dict.fromkeys([*whole, *spelled])),
-            (*words, *made),
-            space(torch.cat([words_embedded, teacher.embed(made)])),
+            tuple(texts),
+            space(teacher.embed(texts)),
             tuple(named),
             space(teacher.embed(named)),
         )

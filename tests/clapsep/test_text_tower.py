@@ -38,8 +38,13 @@ def test_joint_space_draws_classes_apart_and_their_wordings_together():
 
 def test_text_tower_learns_its_lesson():
     wordings = {name: vocabulary.all_wordings()[name] for name in ("dog", "speech", "drums")}
-    lesson = text_tower.Lesson.prepare(wordings, 16, count=300, seed=0, most_words=300)
+    lesson = text_tower.Lesson.prepare(
+        wordings, 16, count=300, seed=0, most_words=300, held_out={"drizzle", "string quartet"}
+    )
     assert {"dog", "speech", "##s", "q"} <= set(lesson.vocabulary)
+    known = {word for word in lesson.vocabulary if len(word) > 1 and not word.startswith(("#", "<"))}
+    assert known - set(lesson.texts) == {"drizzle"}
+    assert "string quartet" not in lesson.texts
     clap, tokenizer = pretrain.pretrain_text(tiny_mini(), lesson, steps=200, seed=0)
     with torch.no_grad():
         learned = clap.embed_text(*tokens.tokens(tokenizer, lesson.named))
