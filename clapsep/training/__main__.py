@@ -63,11 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     listing = commands.add_parser("list", help="draw the committed list of test mixtures anew")
     listing.add_argument("--per-class", type=int, default=36)
+    listing.add_argument("--out", type=Path, help="default: in place of the committed one")
 
     evaluate = commands.add_parser("evaluate", help="measure a bundle on the committed test mixtures")
     evaluate.add_argument("--bundle", type=Path, help="default: the embedded one")
     evaluate.add_argument("--records", type=Path, help="write one line per mixture here (CSV)")
-    evaluate.add_argument("--validation", action="store_true", help="draw validation mixtures instead")
+    mixtures = evaluate.add_mutually_exclusive_group()
+    mixtures.add_argument("--list", type=Path, help="what `list` wrote; default: the committed one")
+    mixtures.add_argument("--validation", action="store_true", help="draw validation mixtures instead")
     evaluate.add_argument("--extremes", type=Path, metavar="FOLDER", help="write the worst and the best here")
     evaluate.add_argument("--card", action="store_true", help="write the table into the bundle's card")
 
@@ -170,9 +173,7 @@ def _pretrain(options: argparse.Namespace) -> None:
         )
     clap, tokenizer = pretrain.load_towers(MINI, options.work)
     if options.start:
-        earlier = bundle.load(options.start).clap
-        clap.audio_branch.load_state_dict(earlier.audio_branch.state_dict())
-        clap.audio_projection.load_state_dict(earlier.audio_projection.state_dict())
+        pretrain.begin_audio(clap, tokenizer, bundle.load(options.start))
     pretrain.pretrain(
         corpus.load(options.work / "corpus"),
         clap,
@@ -277,8 +278,9 @@ def _list(options: argparse.Namespace) -> None:
 
     prepared = corpus.load(options.work / "corpus")
     rows = evaluate.draw(prepared, vocabulary.CLAIMED, options.per_class, options.seed)
-    evaluate.write_test_list(rows)
-    print(f"{len(rows)} test mixtures in {evaluate.TEST_LIST}")
+    out = options.out or evaluate.TEST_LIST
+    evaluate.write_test_list(rows, out)
+    print(f"{len(rows)} test mixtures in {out}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -292,7 +294,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.validation:
         rows = evaluate.draw(prepared, tuple(vocabulary.BY_NAME), 12, options.seed, "validation")
     else:
-        rows = evaluate.read_test_list()
+        rows = evaluate.read_test_list(options.list or evaluate.TEST_LIST)
     records = evaluate.evaluate(loaded, prepared, rows, "validation" if options.validation else "test")
     summary = evaluate.summarise(records) | {"free_wording": evaluate.free_wording(loaded)}
     print(evaluate.table(summary))

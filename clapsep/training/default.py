@@ -21,15 +21,13 @@ from clapsep.bundle import Bundle
 from clapsep.clap import Clap
 from clapsep.decoder import Film
 from clapsep.model import ClapSep
-from clapsep.query import Query, QueryError
-from clapsep.training import vocabulary
 from clapsep.training.conditions import condition, kept_sides
 from clapsep.training.corpus import Corpus
 from clapsep.training.data import NONE, Sampler
 from clapsep.training.fit import Batch, Data, SeparatorTraining, run
 from clapsep.training.loop import fastest_precision
+from clapsep.training.pretrain import rotation
 from clapsep.training.queries import QueryBank
-from clapsep.training.tokens import tokens
 
 SEPARATOR = "separator.safetensors"
 VALIDATION_MIXTURES = 240
@@ -64,25 +62,10 @@ def initialise(model: ClapSep, clap: Clap) -> None:
 
 
 @torch.no_grad()
-def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle, ridge: float = RIDGE) -> None:
-    """Begin with the separator of an earlier bundle, whose queries come from other towers.
-
-    The weights that read conditions are turned by the map from the present text embeddings to its own, over
-    the wordings whose words it knows: ridge regression towards the identity, with a strength of `ridge`, for
-    exact least squares leaves weights of ten times the norm.
-    """
+def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> None:
+    """Begin with the separator of an earlier bundle, whose queries lie in another joint space."""
     model.load_state_dict(earlier.model.state_dict())
-    known, old = [], []
-    for text in sorted({text for texts in vocabulary.all_wordings().values() for text in texts}):
-        try:
-            old.append(earlier.queries.conditions([Query(positive_text=text)])[0, : model.config.joint])
-        except QueryError:
-            continue
-        known.append(text)
-    present, wanted = clap.eval().embed_text(*tokens(tokenizer, known)).double(), torch.stack(old).double()
-    prior = ridge * torch.eye(model.config.joint, dtype=torch.float64)
-    turn = torch.linalg.solve(present.T @ present / len(old) + prior, present.T @ wanted / len(old) + prior)
-    _turn(model, turn.T.float())
+    _turn(model, rotation(clap, tokenizer, earlier).T)
 
 
 @torch.no_grad()

@@ -102,7 +102,7 @@ def draw(
     return rows
 
 
-def write_test_list(rows: Sequence[TestMixture], path: Path = TEST_LIST) -> None:
+def write_test_list(rows: Sequence[TestMixture], path: Path) -> None:
     """Write the list as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(TestMixture)], lineterminator="\n")

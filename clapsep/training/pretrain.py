@@ -17,8 +17,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from clapsep.bundle import Bundle
 from clapsep.clap import Clap
 from clapsep.config import ModelConfig
+from clapsep.query import Query, QueryError
 from clapsep.spectral import Resampler
 from clapsep.training import vocabulary
 from clapsep.training.corpus import SAMPLE_RATE, Corpus
@@ -136,6 +138,35 @@ def pretrain_text(config: ModelConfig, lesson: Lesson, steps: int, seed: int) ->
     clap, tokenizer = Clap(config), build_tokenizer(lesson.vocabulary, config.text.max_tokens)
     distil(clap, tokenizer, lesson, steps=steps, seed=seed)
     return clap, tokenizer
+
+
+@torch.no_grad()
+def rotation(clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> Tensor:
+    """(joint, joint), orthogonal: text embeddings of `clap` times it are nearest to those of `earlier`.
+
+    Two lessons of one teacher have joint spaces that differ by a rotation (`text_tower.JointSpace`); it is
+    found from the wordings whose words the earlier bundle knows (orthogonal Procrustes).
+    """
+    known, old = [], []
+    for text in sorted({text for texts in vocabulary.all_wordings().values() for text in texts}):
+        try:
+            old.append(earlier.queries.conditions([Query(positive_text=text)])[0, : clap.config.joint])
+        except QueryError:
+            continue
+        known.append(text)
+    present = clap.eval().embed_text(*tokens(tokenizer, known))
+    left, _, right = torch.linalg.svd(present.double().T @ torch.stack(old).double())
+    return (left @ right).float()
+
+
+@torch.no_grad()
+def begin_audio(clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> None:
+    """Give `clap` the audio tower of an earlier bundle, turned into its joint space."""
+    clap.audio_branch.load_state_dict(earlier.clap.audio_branch.state_dict())
+    clap.audio_projection.load_state_dict(earlier.clap.audio_projection.state_dict())
+    turn, last = rotation(clap, tokenizer, earlier), clap.audio_projection[-1]
+    last.weight.copy_(turn @ last.weight)
+    last.bias.copy_(turn @ last.bias)
 
 
 def pretrain(

@@ -121,6 +121,7 @@ class JointSpace:
 
     The directions are those in which the wordings of a class differ least for how much all wordings differ
     (linear discriminant analysis, the scatter within classes blended with the total one by `WITHIN_SHARE`).
+    The same wordings give the same space on any machine.
     """
 
     def __init__(self, by_class: Mapping[str, Tensor], joint: int) -> None:
@@ -133,7 +134,11 @@ class JointSpace:
         values, vectors = torch.linalg.eigh(scatter)
         whitening = vectors / values.clamp(min=0.05 * values.max()).sqrt()
         _, _, directions = torch.linalg.svd(total @ whitening, full_matrices=False)
-        self.map = whitening @ directions[:joint].T
+        found = whitening @ directions[:joint].T
+        # Signs and the order of equal directions are chance: of all rotations, that nearest to a fixed map.
+        fixed = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=found.dtype)
+        left, _, right = torch.linalg.svd(found.T @ fixed)
+        self.map = found @ left @ right
 
     def __call__(self, embeddings: Tensor) -> Tensor:
         """(N, 384) -> (N, joint) of unit norm."""

@@ -14,6 +14,7 @@ import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import normalize
 
 from clapsep import bundle
 from clapsep.clap import Clap
@@ -23,6 +24,7 @@ from clapsep.training import (
     default,
     evaluate,
     losses,
+    pretrain,
     sources,
     split,
     tokens,
@@ -237,7 +239,7 @@ def test_mask_loss_is_least_at_the_ideal_ratio_mask():
 
 def test_contrastive_loss_with_single_positives_is_info_nce():
     generator = torch.Generator().manual_seed(0)
-    audio, text = torch.nn.functional.normalize(torch.randn(2, 8, 16, generator=generator), dim=-1)
+    audio, text = normalize(torch.randn(2, 8, 16, generator=generator), dim=-1)
     logits = 10 * audio @ text.T
     expected = (
         sum(torch.nn.functional.cross_entropy(side, torch.arange(8)) for side in (logits, logits.T)) / 2
@@ -266,7 +268,7 @@ def test_training_steps_reduce_the_loss(prepared, mask_steps):
     default.initialise(model, Clap(config))
     training = SeparatorTraining(model, 3e-3, mask_steps=mask_steps)
     drawn = sampler(prepared).mixtures(4)
-    condition = torch.nn.functional.normalize(torch.randn(4, config.condition_dim), dim=-1)
+    condition = normalize(torch.randn(4, config.condition_dim), dim=-1)
     optimizer = torch.optim.AdamW(training.parameters(), 3e-3)
     history = []
     for _ in range(12):
@@ -300,36 +302,57 @@ def test_two_queries_of_each_mixture(work, prepared):
     assert all(20 <= count <= 50 for count in one_sided)  # a quarter of 128
 
 
-def test_an_earlier_separator_is_asked_in_the_new_language(prepared):
+@pytest.fixture
+def turned(prepared):
+    """Towers, their tokenizer, and an earlier bundle whose joint space is theirs, turned; the turn."""
     torch.manual_seed(0)
     clap, (tokenizer, *_) = Clap(tiny_mini()).eval(), bank_arguments(prepared)
     turn = torch.linalg.qr(torch.randn(16, 16)).Q
-
-    def embed(text):
-        with torch.no_grad():
-            return clap.embed_text(*tokens.tokens(tokenizer, [text]))[0]
+    # An untrained tower gives all texts nearly one embedding; these are of their letters.
+    letters = torch.randn(tokenizer.get_vocab_size(), 16)
+    clap.embed_text = lambda ids, mask: normalize((letters[ids] * mask[..., None]).sum(1), dim=-1)
 
     class Queries:
         def conditions(self, asked):
             (text,) = asked[0].positive_text
-            return torch.cat([embed(text) @ turn, torch.zeros(16)])[None]
+            return torch.cat([embedded(clap, tokenizer, text) @ turn, torch.zeros(16)])[None]
 
-    earlier = SimpleNamespace(model=ClapSep(tiny_mini()), queries=Queries())
+    earlier = SimpleNamespace(model=ClapSep(tiny_mini()), clap=Clap(tiny_mini()).eval(), queries=Queries())
+    return clap, tokenizer, earlier, turn
+
+
+@torch.no_grad()
+def embedded(clap, tokenizer, text):
+    return clap.embed_text(*tokens.tokens(tokenizer, [text]))[0]
+
+
+@torch.no_grad()
+def test_an_earlier_separator_is_asked_in_the_new_language(turned):
+    clap, tokenizer, earlier, turn = turned
     model = ClapSep(tiny_mini())
-    default.adopt(model, clap, tokenizer, earlier, ridge=1e-9)
-    text = embed("a dog")
+    default.adopt(model, clap, tokenizer, earlier)
+    text = embedded(clap, tokenizer, "a dog")
     new, old = (torch.cat([side, -side])[None] for side in (text, text @ turn))
     mixture = torch.randn(1, 80_000)
-    with torch.no_grad():
-        mine, theirs = model.eval().separate(mixture, new), earlier.model.eval().separate(mixture, old)
+    mine, theirs = model.eval().separate(mixture, new), earlier.model.eval().separate(mixture, old)
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_an_earlier_audio_tower_answers_in_the_new_language(turned):
+    clap, tokenizer, earlier, turn = turned
+    pretrain.begin_audio(clap, tokenizer, earlier)
+    heard = torch.randn(2, 120_000)
+    torch.testing.assert_close(
+        clap.embed_audio(heard) @ turn, earlier.clap.embed_audio(heard), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_what_no_query_uses_moves_the_separator_no_more():
     torch.manual_seed(0)
     model, mixture = ClapSep(tiny_mini()).eval(), torch.randn(1, 80_000)
     used, unused = torch.linalg.qr(torch.randn(16, 16)).Q.split([10, 6], dim=1)
-    queries = torch.nn.functional.normalize(torch.randn(200, 10) @ used.T, dim=-1)
+    queries = normalize(torch.randn(200, 10) @ used.T, dim=-1)
     trained, stranger = queries[0], unused[:, 0]
 
     def stem(query):
@@ -342,7 +365,7 @@ def test_what_no_query_uses_moves_the_separator_no_more():
     torch.testing.assert_close(stem(trained + stranger), stem(trained), atol=1e-5, rtol=1e-4)
 
 
-def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
+def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch, capsys):
     from clapsep.training.__main__ import main
 
     monkeypatch.setattr(default, "VALIDATION_MIXTURES", 6)
@@ -358,21 +381,25 @@ def test_a_whole_tiny_run(folder, work, prepared, tmp_path, monkeypatch):
     with (tmp_path / "ATTRIBUTION.csv").open(newline="") as file:
         originals = {(row["source"], row["source_group"]) for row in csv.DictReader(file)}
     assert {source for source, _ in originals} == {SOURCES["train"], SOURCES["validation"]}
-    rows = evaluate.draw(prepared, vocabulary.CLAIMED, per_class=1, seed=0)
-    evaluate.write_test_list(rows, tmp_path / "list.csv")
-    assert evaluate.read_test_list(tmp_path / "list.csv") == rows
-    records = evaluate.evaluate(loaded, prepared, rows)
-    summary = evaluate.summarise(records)
+    mixtures, records = tmp_path / "list.csv", tmp_path / "records.csv"
+    main([*common, "list", "--per-class", "1", "--out", str(mixtures)])
+    rows = evaluate.read_test_list(mixtures)
+    assert rows == evaluate.draw(prepared, vocabulary.CLAIMED, per_class=1, seed=1)
+    capsys.readouterr()
+    asked = ["--bundle", str(tmp_path), "--list", str(mixtures), "--records", str(records)]
+    main([*common, "evaluate", *asked, "--card", "--extremes", str(tmp_path / "extremes")])
+    printed = capsys.readouterr().out
+    summary = bundle.load(str(tmp_path)).card["measurement"]["si_sdr_improvement_db"]
     assert summary["oracle_ratio_mask"]["mean"] > 5 > summary["positive_and_negative_text"]["mean"]
     assert set(summary["per_class"]) == {"speech", "drums", "birds"}
-    wording = evaluate.free_wording(loaded)
+    wording = summary["free_wording"]
     assert wording["count"] == sum(len(vocabulary.UNSEEN[name]) for name in vocabulary.CLAIMED)
-    printed = evaluate.table(summary | {"free_wording": wording})
     assert "| all: positive text only | 3 |" in printed
     assert f"{wording['retrieved']:.0%} find their class" in printed
-    evaluate.write_extremes(records, rows, prepared, tmp_path / "extremes")
+    with records.open(newline="") as file:
+        worst = min(float(row["both"]) for row in csv.DictReader(file))
     manifest = [json.loads(line) for line in (tmp_path / "extremes" / "extremes.jsonl").open()]
-    assert manifest[0]["id"] == f"worst ({min(record['both'] for record in records):.1f} dB)"
+    assert manifest[0]["id"] == f"worst ({worst:.1f} dB)"
     assert soundfile.info(tmp_path / "extremes" / manifest[-1]["target"]).frames == 5 * 32_000
 
 
