@@ -37,9 +37,6 @@ EMA_DECAY = 0.998
 ABSENT = 0.3
 """Share of the second queries that ask for a class which is not in the mixture."""
 
-RIDGE = 0.01
-"""Variance of the training queries below which a direction is noise; chosen on validation (`runs.json`)."""
-
 FILM_SPREAD = 0.7
 """Standard deviation of the FiLM weights at the start: a condition has unit norm, so this moves each gain
 by about as much, where torch's default (1/16) would leave the query without a voice."""
@@ -65,29 +62,12 @@ def initialise(model: ClapSep, clap: Clap) -> None:
 def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> None:
     """Begin with the separator of an earlier bundle, whose queries lie in another joint space."""
     model.load_state_dict(earlier.model.state_dict())
-    _turn(model, rotation(clap, tokenizer, earlier).T)
-
-
-@torch.no_grad()
-def steady(model: ClapSep, queries: Tensor, ridge: float = RIDGE) -> None:
-    """Keep of the weights that read conditions what `queries`, (N, joint) of unit norm, make use of.
-
-    Training leaves large weights for directions in which its queries hardly differ; a wording that was not
-    trained with then moves the model at random. Ridge regression, with a strength of `ridge`, of what the
-    weights make of the queries: a direction of less than that variance is shrunk.
-    """
-    covariance = (queries.T @ queries / len(queries)).double()
-    eye = torch.eye(len(covariance), dtype=torch.float64)
-    kept = (covariance @ torch.linalg.inv(covariance + ridge * eye)).float()
-    _turn(model, kept)
-
-
-def _turn(model: ClapSep, turn: Tensor) -> None:
+    turn = rotation(clap, tokenizer, earlier)
     for module in model.modules():
         if isinstance(module, Film):
             for linear in (module.gamma, module.beta):
-                sides = linear.weight.data.chunk(2, dim=1)
-                linear.weight.data = torch.cat([side @ turn for side in sides], dim=1)
+                sides = linear.weight.chunk(2, dim=1)
+                linear.weight.copy_(torch.cat([side @ turn.T for side in sides], dim=1))
 
 
 class MixtureBatches(Dataset):
@@ -226,6 +206,5 @@ def train(
     run(module, data, folder, processes=processes, precision=fastest_precision(), ema=EMA_DECAY)
     path = folder / SEPARATOR
     if module.global_rank == 0:
-        steady(module.model, data.queries.embeddings)
         save_file(module.model.state_dict(), path)
     return path

@@ -60,11 +60,6 @@ class QueryBank:
         for clip in clips:
             self._alike.setdefault(clip.member, []).append(clip.name)
 
-    @property
-    def embeddings(self) -> Tensor:
-        """(N, joint): all of them."""
-        return torch.stack([*self.texts.values(), *self.audio.values()])
-
     def text(self, clip: Clip) -> Tensor:
         """(joint,) embedding of a random phrase that is true of the clip."""
         return self.texts[phrase(clip.member, self.random)]
