@@ -24,11 +24,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile
 
-# Two processes of one thread each do more on two cores than one of two. Files of few tests are the slow ones:
-# reordered, they come last, and one process waits for the other.
+# Two processes of one thread each do more on two cores than one of two.
 test: export OMP_NUM_THREADS = 1
 test: $(READY)
-	$(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 test-engines: prism  ## Prism, worker pools, what the container installs: about five minutes, and Go.
 	$(BIN)/pytest -q -m engines
