@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -115,12 +116,13 @@ def run_pipeline(separator: Separator, folder: Path, output: Path) -> tuple[floa
             raise RuntimeError(str(done.failed[0].error))
         return done
 
-    shards.separate_rows = counted
-    separation.acquire = lambda plan: worker_model(separator)
-    began = time.perf_counter()
-    separate.run_pipeline(manifest, plan, PipelineOptions([], runner="FnApiRunner"))
-    wall = time.perf_counter() - began
-    shards.separate_rows = original
+    with (
+        mock.patch.object(shards, "separate_rows", counted),
+        mock.patch.object(separation, "acquire", return_value=worker_model(separator)),
+    ):
+        began = time.perf_counter()
+        separate.run_pipeline(manifest, plan, PipelineOptions([], runner="FnApiRunner"))
+        wall = time.perf_counter() - began
     return wall, sum(model_seconds)
 
 

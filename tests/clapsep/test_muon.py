@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
+from clapsep.config import MINI
 from clapsep.decoder import Film
 from clapsep.model import ClapSep
 from clapsep.training.muon import Muon, matrices, orthogonal
-from tests.clapsep.training_runs import tiny_mini
 
 
 def parameters() -> list[nn.Parameter]:
@@ -72,7 +72,7 @@ def test_two_processes_do_what_one_does(tmp_path):
 
 
 def test_what_reads_a_condition_is_no_matrix_of_activations():
-    model = ClapSep(tiny_mini())
+    model = ClapSep(MINI)
     found = matrices(model, without=Film)
     names = {name for name, parameter in model.named_parameters() if parameter in found}
     assert any("self_attn.in_proj_weight" in name for name in names)
