@@ -42,6 +42,19 @@ def test_other_parameters_move_as_adamw_moves_them():
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
 
 
+def test_it_goes_on_from_its_state_as_if_never_stopped():
+    def optimizer(trained):
+        return Muon([{"params": trained[:3], "matrices": True}, {"params": trained[3:]}], lr=1e-2)
+
+    whole, first = optimizer(parameters()), optimizer(parameters())
+    moved(whole)
+    stopped = moved(first)
+    second = optimizer([nn.Parameter(value) for value in stopped])
+    second.load_state_dict(first.state_dict())
+    for one, other in zip(moved(whole), moved(second), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
 def test_all_directions_alike(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
