@@ -1,7 +1,7 @@
 """Muon (Jordan, 2024): the momentum of a matrix, orthogonalised, moves all its directions alike.
 
 `torch.optim.Muon` computes in bfloat16, which is twenty times as slow on a CPU that does not know it, and
-takes matrices alone; this one is float32, gives the remaining parameters AdamW, and shares the products out
+takes matrices alone; this one is float32, is AdamW for the remaining parameters, and shares the products out
 among the processes of a run.
 """
 
@@ -32,7 +32,7 @@ def matrices(module: nn.Module, without: type[nn.Module]) -> set[Tensor]:
     return found - left_out
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.AdamW):
     """Muon where a group has `matrices` set, AdamW elsewhere.
 
     Every process holds the whole state; each orthogonalises its share of the matrices and all exchange them.
@@ -40,33 +40,32 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: parameter groups; `lr`, `matrices`.
         lr: learning rate.
-        betas: of AdamW.
         momentum: of Muon, Nesterov's.
         weight_decay: decoupled, of both.
     """
 
     def __init__(
-        self,
-        groups: Iterable[dict],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        momentum: float = 0.95,
-        weight_decay: float = 0.01,
+        self, groups: Iterable[dict], lr: float, momentum: float = 0.95, weight_decay: float = 0.01
     ) -> None:
-        settings = {"lr": lr, "betas": betas, "momentum": momentum, "weight_decay": weight_decay}
-        super().__init__(groups, {**settings, "matrices": False})
+        groups = [{"matrices": False, "momentum": momentum, **group} for group in groups]
+        super().__init__(groups, lr, weight_decay=weight_decay)
 
     @torch.no_grad()
     def step(self, closure=None):
+        """As every optimiser's; the matrices' gradients are gone afterwards."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if not group["matrices"]:
+                continue
             parameters = [p for p in group["params"] if p.grad is not None]
-            move = self._muon if group["matrices"] else self._adamw
-            for parameter, update in zip(parameters, move(parameters, group), strict=True):
+            for parameter, update in zip(parameters, self._muon(parameters, group), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                # AdamW passes over what has no gradient.
+                parameter.grad = None
+        super().step()
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict) -> list[Tensor]:
@@ -76,7 +75,8 @@ class Muon(torch.optim.Optimizer):
         for number, parameter in enumerate(parameters):
             state = self.state[parameter]
             if not state:
-                state["momentum"] = torch.zeros_like(parameter)
+                # AdamW, when it is loaded, looks for a step in every state.
+                state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
             momentum = state["momentum"]
             momentum.lerp_(parameter.grad, 1 - group["momentum"])
             if number % count == rank:
@@ -89,22 +89,6 @@ class Muon(torch.optim.Optimizer):
             distributed.all_reduce(flat)
             parts = flat.split([update.numel() for update in updates])
             updates = [part.view_as(update) for part, update in zip(parts, updates, strict=True)]
-        return updates
-
-    def _adamw(self, parameters: list[Tensor], group: dict) -> list[Tensor]:
-        first, second = group["betas"]
-        updates = []
-        for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            state["step"] += 1
-            state["mean"].lerp_(parameter.grad, 1 - first)
-            state["square"].lerp_(parameter.grad.square(), 1 - second)
-            mean = state["mean"] / (1 - first ** state["step"])
-            square = state["square"] / (1 - second ** state["step"])
-            updates.append(mean / (square.sqrt() + 1e-8))
         return updates
 
 
