@@ -194,13 +194,20 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: DecoderInputs, condition: Tensor) -> Tensor:
         """Estimate masks, one query for each mixture: (B, condition_dim) -> (B, frames, bins) in 0..1."""
+        return self.mask(inputs.frames, self.bands(inputs, condition))
+
+    def bands(self, inputs: DecoderInputs, condition: Tensor) -> Tensor:
+        """What the stages make of a query, (B, condition_dim) -> (B, frames, mel_bins)."""
         deepest, *skips = inputs.projections
         state = self.film(deepest, condition)
         for layer, skip, projected in zip(self.layers, self.skip, skips, strict=True):
             state = skip(projected, condition, layer(state))
-        mel = self.inverse_patch_embed(state)[:, : inputs.frames.shape[1]]
+        return self.inverse_patch_embed(state)[:, : inputs.frames.shape[1]]
+
+    def mask(self, frames: Tensor, bands: Tensor) -> Tensor:
+        """Masks (B, frames, bins) in 0..1 of `DecoderInputs.frames` and `bands`, both of the same queries."""
         entry, *rest = self.mask_net
-        frames = inputs.frames + F.linear(mel, entry.weight[:, -mel.shape[-1] :])
+        frames = frames + F.linear(bands, entry.weight[:, -bands.shape[-1] :])
         for layer in rest:
             frames = layer(frames)
         return torch.sigmoid(frames)

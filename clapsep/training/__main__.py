@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--train-bank", type=Path, action="append", default=[], help="sound bank to train on"
     )
     prepare.add_argument("--test-bank", type=Path, action="append", default=[], help="sound bank to test on")
+    prepare.add_argument("--flite", type=Path, help="the speech synthesiser; its voices join training")
 
     sources = commands.add_parser("sources", help="write the committed table of recordings anew")
     sources.add_argument("--corpus", type=Path, required=True)
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train = commands.add_parser("train", help="train the default's separator; resumes from the work folder")
     train.add_argument("--steps", type=int, default=5800)
     train.add_argument("--mask-steps", type=int, default=400, help="steps that fade out the mask loss")
-    train.add_argument("--batch", type=int, default=8, help="mixtures per process and step")
+    train.add_argument("--batch", type=int, default=16, help="mixtures per process and step")
 
     for command in (pretrain, train):
         command.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
@@ -139,7 +140,9 @@ def _user_errors() -> tuple[type[Exception], ...]:
 def _prepare(options: argparse.Namespace) -> None:
     from clapsep.training import corpus
 
-    prepared = corpus.prepare(options.corpus, options.work / "corpus", options.train_bank, options.test_bank)
+    prepared = corpus.prepare(
+        options.corpus, options.work / "corpus", options.train_bank, options.test_bank, options.flite
+    )
     for split in ("train", "validation", "test"):
         for name, clips in prepared.of(split).items():
             minutes = sum(clip.frames for clip in clips) / corpus.SAMPLE_RATE / 60
@@ -166,7 +169,12 @@ def _pretrain(options: argparse.Namespace) -> None:
     if not (options.work / pretrain.TOWERS).exists():
         unseen = {text for texts in vocabulary.UNSEEN.values() for text in texts}
         lesson = Lesson.prepare(
-            vocabulary.all_wordings(), MINI.joint, options.phrases, options.seed, options.words, unseen
+            vocabulary.all_wordings(),
+            MINI.joint,
+            options.phrases,
+            options.seed,
+            options.words,
+            unseen,
         )
         pretrain.save_towers(
             *pretrain.pretrain_text(MINI, lesson, options.text_steps, options.seed), options.work

@@ -9,12 +9,14 @@ ONE_SIDED = 0.25
 """Share of the examples with the positive side only, and share with the negative side only."""
 
 
-def kept_sides(draws: Tensor) -> Tensor:
+def kept_sides(draws: Tensor, positive_only: float = ONE_SIDED, negative_only: float = ONE_SIDED) -> Tensor:
     """(N,) uniform in 0..1 -> (N, 2) float: 1 where the positive, the negative side of an example is kept.
 
     CLAPSep's training draws once for a whole batch; the shares are the same.
     """
-    return torch.stack([(draws < ONE_SIDED) | (draws >= 2 * ONE_SIDED), draws >= ONE_SIDED], dim=1).float()
+    one_sided = positive_only + negative_only
+    positive = (draws < positive_only) | (draws >= one_sided)
+    return torch.stack([positive, draws >= positive_only], dim=1).float()
 
 
 def interpolate(text: Tensor, audio: Tensor, share: float | Tensor) -> Tensor:

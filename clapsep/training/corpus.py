@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from clapsep.training import soundfont, sources, vocabulary
+from clapsep.training import soundfont, sources, vocabulary, voices
 from clapsep.training.split import NEAR_DUPLICATES, Split, source_name, splits
 
 SAMPLE_RATE = 32000
@@ -78,8 +78,16 @@ def load(cache: Path) -> Corpus:
     return Corpus(clips, np.memmap(cache / "samples.i16", np.int16, mode="r"))
 
 
-def prepare(folder: Path, cache: Path, train_banks: Sequence[Path], test_banks: Sequence[Path]) -> Corpus:
+def prepare(
+    folder: Path,
+    cache: Path,
+    train_banks: Sequence[Path],
+    test_banks: Sequence[Path],
+    synthesiser: Path | None = None,
+) -> Corpus:
     """Decode everything under `folder` and render the banks into `cache`; returns the corpus.
+
+    `synthesiser` is the program `flite`, whose voices join the training split.
 
     Raises ValueError for a recording that is not the one of the committed table (`sources`).
     """
@@ -106,15 +114,20 @@ def prepare(folder: Path, cache: Path, train_banks: Sequence[Path], test_banks: 
             audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ")
             name = str(path.relative_to(folder))
             add(name, member, split_by_group[group], source, group, min(band, SAMPLE_RATE // 2), audio)
-        for split, banks, clips_per_program, seed in (
-            ("train", train_banks, 12, TRAIN_RENDER_SEED),
-            ("test", test_banks, 2, TEST_RENDER_SEED),
+        train_programs = (*soundfont.PROGRAMS, *soundfont.MORE_PROGRAMS)
+        for split, banks, programs, clips_per_program, seed in (
+            ("train", train_banks, train_programs, 12, TRAIN_RENDER_SEED),
+            ("test", test_banks, soundfont.PROGRAMS, 2, TEST_RENDER_SEED),
         ):
             for bank in banks:
-                rendered = soundfont.render(bank, clips_per_program, RENDER_SECONDS, seed)
+                rendered = soundfont.render(bank, clips_per_program, RENDER_SECONDS, seed, programs)
                 for index, (member, program, audio) in enumerate(rendered):
                     group = f"{bank.stem}-{program}"
                     add(f"{bank.stem}/{index:04d}", member, split, bank.stem, group, SAMPLE_RATE // 2, audio)
+        if synthesiser is not None:
+            for index, (member, group, audio) in enumerate(voices.render(synthesiser, TRAIN_RENDER_SEED)):
+                name = f"{voices.SOURCE}/{index:04d}"
+                add(name, member, "train", voices.SOURCE, group, voices.BANDWIDTH_HZ, audio)
     with (cache / "clips.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Clip)])
         writer.writeheader()

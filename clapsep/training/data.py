@@ -21,6 +21,10 @@ from clapsep.training.split import Split
 LOWEST_CUTOFF_HZ = 2500.0
 EQ_POINTS_HZ = (60.0, 200.0, 700.0, 2000.0, 6000.0, 16000.0)
 QUIETEST_WINDOW = 0.3
+DECAY_SECONDS = (0.15, 0.9)
+"""Shortest and longest time in which a room's answer falls by 60 dB."""
+DIRECT_DB = (-3.0, 12.0)
+"""Lowest and highest level of the direct sound against the room's answer."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Augmentation:
         level_db: standard deviation of the mixture's level about -25 dBFS RMS, dB.
         lower_cutoff: probability of a further, random low-pass on both sides.
         open_band: probability that the sides keep their own, different bandwidths.
+        reverb: probability that a side sounds in a room: noise that decays, behind the direct sound.
     """
 
     snr_db: float = 4.0
@@ -42,9 +47,10 @@ class Augmentation:
     level_db: float = 5.0
     lower_cutoff: float = 0.15
     open_band: float = 0.4
+    reverb: float = 0.2
 
 
-NONE = Augmentation(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NONE = Augmentation(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -192,7 +198,17 @@ class Sampler:
             curves = np.stack([np.interp(grid, points, band) for band in bands]).astype(np.float32)
             curves = torch.from_numpy(10 ** (curves / 20)).repeat_interleave(50, dim=1)
             response = response * curves[:, : response.shape[1]]
+        for row in np.flatnonzero(self.rng.random(len(audio)) < self.augmentation.reverb):
+            spectrum[row] *= torch.fft.rfft(self._room(), n=audio.shape[-1])
         return torch.fft.irfft(spectrum * response, n=audio.shape[-1])
+
+    def _room(self) -> Tensor:
+        """Impulse response of a random room: the direct sound, and from then on noise that decays."""
+        decay = SAMPLE_RATE * np.exp(self.rng.uniform(*np.log(DECAY_SECONDS)))
+        answer = self.rng.normal(0, 1, int(decay)) * 10 ** (-3 * np.arange(int(decay)) / decay)
+        answer *= 10 ** (-self.rng.uniform(*DIRECT_DB) / 20) / np.linalg.norm(answer)
+        answer[0] += 1.0
+        return torch.from_numpy(answer.astype(np.float32))
 
     def _levelled(self, mixture: Tensor, *others: Tensor):
         level = -25.0 + self.augmentation.level_db * torch.from_numpy(

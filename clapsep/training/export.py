@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from clapsep import bundle
 from clapsep.config import MINI
 from clapsep.model import ClapSep
-from clapsep.training import corpus, split, vocabulary
+from clapsep.training import corpus, split, vocabulary, voices
 from clapsep.training.default import SEPARATOR
 from clapsep.training.pretrain import load_towers
 
 RUNS = Path(__file__).with_name("runs.json")
 ATTRIBUTION_COLUMNS = ("source", "title", "author", "licence", "url", "source_group")
 
-BANK_ATTRIBUTION = {
+RENDERED = {
     "sf_GMbank": {
         "source": "csound-soundfont (Debian)",
         "title": "sf_GMbank.sf2, a General MIDI sound bank; random melodies and beats rendered from it",
@@ -29,7 +29,15 @@ BANK_ATTRIBUTION = {
         "licence": "public domain",
         "url": "",
         "source_group": "sf_GMbank",
-    }
+    },
+    voices.SOURCE: {
+        "source": "flite 2.2 (Debian)",
+        "title": "the voices awb, kal16, rms and slt of a speech synthesiser; random words spoken by them",
+        "author": "Carnegie Mellon University, Cepstral LLC and others",
+        "licence": "BSD-like (CMU Flite)",
+        "url": "http://cmuflite.org",
+        "source_group": "flite",
+    },
 }
 
 
@@ -97,8 +105,8 @@ def attributed(prepared: corpus.Corpus, recordings: Path) -> list[dict[str, str]
                 **{key: row[key] for key in ("author", "licence", "url", "source_group")},
             }
             rows[tuple(found.values())] = found
-    banks = {clip.source for clip in prepared.clips if clip.split == "train"} & set(BANK_ATTRIBUTION)
-    return [*(rows[key] for key in sorted(rows)), *(BANK_ATTRIBUTION[bank] for bank in sorted(banks))]
+    banks = {clip.source for clip in prepared.clips if clip.split == "train"} & set(RENDERED)
+    return [*(rows[key] for key in sorted(rows)), *(RENDERED[bank] for bank in sorted(banks))]
 
 
 def notice(attribution: Sequence[Mapping[str, str]]) -> str:

@@ -8,6 +8,7 @@ that was not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clapsep.decoder import Film
 from clapsep.model import ClapSep
+from clapsep.training.bands import BandSupervision
 from clapsep.training.curves import Curves
 from clapsep.training.loop import Precision, make_trainer
 from clapsep.training.lora import has_lora
@@ -32,6 +34,9 @@ BEST = "best.ckpt"
 
 MASK_LOSS_SCALE = 10.0
 """Brings the cross-entropy of a mask (about 0.6) to the size of a loss in dB."""
+
+BAND_LOSS_SCALE = 5.0
+"""The same for the mask of the mel bands, which shall not outweigh the waveform."""
 
 EMA_START = 200
 """Steps before averaging begins, or half of the way to the first validation."""
@@ -71,6 +76,8 @@ class SeparatorTraining(lightning.LightningModule):
         cycle_steps: length of a one-cycle schedule by Muon; None is as published: AdamW, and the rate is
             lowered when validation stops improving.
         mask_steps: steps that fade from the mask loss to the separation loss.
+        masked: share of the queries whose mask is estimated; all are held to the mask of the mel bands by
+            `BandSupervision`. None: all masks are, and nothing else.
         labels: what validation is also reported by.
         seed: of what a step draws.
     """
@@ -83,6 +90,7 @@ class SeparatorTraining(lightning.LightningModule):
         encoder_share: float = 1.0,
         cycle_steps: int | None = None,
         mask_steps: int = 0,
+        masked: float | None = None,
         labels: Sequence[str] = (),
         seed: int = 1,
     ) -> None:
@@ -92,6 +100,8 @@ class SeparatorTraining(lightning.LightningModule):
         self.encoder_share = encoder_share
         self.cycle_steps = cycle_steps
         self.mask_steps = mask_steps
+        self.masked = masked
+        self.supervision = BandSupervision(model.config) if masked else None
         self.labels = tuple(labels)
         self.seed = seed
         self.by_label: dict[str, float] = {}
@@ -109,22 +119,31 @@ class SeparatorTraining(lightning.LightningModule):
         torch.manual_seed(int(draws.generate_state(1)[0]))
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
-        features, target = self.model.features(batch.mixture), batch.target
-        decoder = self.model.decoder_model
+        features, decoder = self.model.features(batch.mixture), self.model.decoder_model
         inputs = decoder.prepare(features.magnitude, features.encoder)
         mixture, spectrum = batch.mixture, features.spectrum
         if batch.index is not None:
             mixture, spectrum, inputs = mixture[batch.index], spectrum[batch.index], inputs.at(batch.index)
-        mask = decoder(inputs, batch.condition).float()
+        bands = decoder.bands(inputs, batch.condition)
+        frames, target, absent, loss = inputs.frames, batch.target, batch.absent, mixture.new_zeros(())
+        if self.supervision is not None:
+            with torch.autocast(mixture.device.type, enabled=False):
+                wanted = self.model.stft(target)
+                rest = (spectrum - wanted).abs()
+                loss = BAND_LOSS_SCALE * self.supervision(bands.float(), wanted.abs(), rest)
+            chosen = torch.randperm(len(target))[: math.ceil(self.masked * len(target))].to(mixture.device)
+            mixture, spectrum, bands = mixture[chosen], spectrum[chosen], bands[chosen]
+            frames, target = frames[chosen], target[chosen]
+            absent = absent[chosen] if absent is not None else None
+        mask = decoder.mask(frames, bands).float()
         fade = max(0.0, 1.0 - self.global_step / self.mask_steps) if self.mask_steps else 0.0
-        loss = mixture.new_zeros(())
         with torch.autocast(mixture.device.type, enabled=False):
             if fade > 0:
                 wanted, rest = (self.model.stft(audio).abs() for audio in (target, mixture - target))
                 loss = loss + fade * MASK_LOSS_SCALE * mask_loss(mask, wanted, rest)
             if fade < 1:
                 estimate = self.model.stft.inverse(spectrum * mask, mixture.shape[-1])
-                loss = loss + (1 - fade) * _waveform_loss(estimate, target, mixture, batch.absent)
+                loss = loss + (1 - fade) * _waveform_loss(estimate, target, mixture, absent)
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -159,6 +178,8 @@ class SeparatorTraining(lightning.LightningModule):
 
     def configure_optimizers(self):
         parts = {self.model.audio_branch: self.encoder_share, self.model.decoder_model: 1.0}
+        if self.supervision is not None:
+            parts[self.supervision] = 1.0
         groups = [
             {"params": trained, "lr": share * self.learning_rate}
             for part, share in parts.items()
@@ -189,6 +210,8 @@ def _waveform_loss(estimate: Tensor, target: Tensor, mixture: Tensor, absent: Te
     if absent is None or not absent.any():
         return separation_loss(estimate, target)
     left = absent.float().mean() * silence_loss(estimate[absent], mixture[absent])
+    if absent.all():
+        return left
     return separation_loss(estimate[~absent], target[~absent]) + left
 
 

@@ -20,6 +20,9 @@ from clapsep.training.tokens import tokens
 NOISE = 0.2
 """Norm of what is added to a training query: how far apart two text towers of the same lesson put a text."""
 
+OWN_AUDIO = 0.25
+"""Share of the audio queries that are of the very recording: those say more than any text does."""
+
 TEMPLATES = ("{}", "{}", "the sound of {}", "sound of {}", "{} sound", "{} sounds")
 
 
@@ -36,8 +39,8 @@ def embed_windows(clap: Clap, windows: Tensor, resampler: Resampler) -> Tensor:
 class QueryBank:
     """Embeddings of every phrase and of a few windows of every training clip, computed once.
 
-    A training query is `share * text + (1 - share) * audio`; the audio is a window of another recording of
-    the same corpus class half of the time, and of the recording itself the other half.
+    A training query is `share * text + (1 - share) * audio`; the audio is a window of the recording itself
+    for a share `OWN_AUDIO`, and of any recording of the same corpus class otherwise.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class QueryBank:
 
     def side(self, clip: Clip, share: float) -> Tensor:
         """(joint,) interpolation of a text (`share`) and an audio query for the clip, blurred."""
-        name = clip.name if self.random.random() < 0.5 else self.random.choice(self._alike[clip.member])
+        name = clip.name if self.random.random() < OWN_AUDIO else self.random.choice(self._alike[clip.member])
         query = interpolate(self.text(clip), self.audio[name], share)
         draws = torch.Generator().manual_seed(self.random.getrandbits(63))
         return query + NOISE * torch.randn(len(query), generator=draws) / len(query) ** 0.5

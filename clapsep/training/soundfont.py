@@ -6,7 +6,7 @@ One bank is one source: banks used to train are never used to test. Needs `tinys
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,30 @@ PROGRAMS: tuple[tuple[str, int, int, int], ...] = (
     ("organ", 19, 36, 84),
     ("harmonium", 21, 48, 84),
 )
+MORE_PROGRAMS: tuple[tuple[str, int, int, int], ...] = (
+    ("piano", 2, 36, 88),
+    ("glockenspiel", 8, 60, 96),
+    ("organ", 17, 36, 84),
+    ("organ", 18, 36, 84),
+    ("organ", 20, 48, 84),
+    ("harmonium", 22, 60, 88),
+    ("harmonium", 23, 48, 84),
+    ("guitar_acoustic", 26, 40, 79),
+    ("violin", 44, 48, 88),
+    ("violin", 48, 40, 88),
+    ("violin", 49, 40, 88),
+    ("trumpet", 59, 54, 82),
+    ("trumpet", 61, 48, 79),
+    ("saxophone", 67, 36, 69),
+    ("oboe", 69, 52, 81),
+    ("flute", 72, 74, 100),
+    ("flute", 74, 60, 91),
+    ("flute", 75, 60, 91),
+    ("violin", 110, 55, 91),
+    ("oboe", 111, 58, 84),
+    ("bell", 112, 60, 96),
+)
+"""Relatives of the instruments above, for training alone: ensembles, muted and folk instruments."""
 DRUM_KITS = (0, 8, 16, 24, 25, 32, 40)
 CHORDAL = frozenset({"piano", "guitar_nylon", "guitar_acoustic", "harp", "organ", "harmonium"})
 SCALE = (0, 2, 4, 5, 7, 9, 11)
@@ -53,9 +77,13 @@ TOMS = (41, 43, 45, 47, 48, 50)
 
 
 def render(
-    bank: Path, clips_per_program: int, seconds: float, seed: int
+    bank: Path,
+    clips_per_program: int,
+    seconds: float,
+    seed: int,
+    programs: Sequence[tuple[str, int, int, int]] = PROGRAMS,
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """(corpus class, program, mono float32 at 32 kHz) for every program and drum kit that the bank has.
+    """(corpus class, program, mono float32 at 32 kHz) for each of `programs` and drum kits that the bank has.
 
     A drum kit's program is reported as 1000 + kit. Silent renders are left out. Raises FileNotFoundError
     when `bank` is not a file, ImportError (with the fix) without tinysoundfont.
@@ -70,7 +98,7 @@ def render(
     synth = tinysoundfont.Synth(samplerate=SAMPLE_RATE)
     font = synth.sfload(str(bank))
     rng = np.random.default_rng(seed)
-    for name, program, low, high in PROGRAMS:
+    for name, program, low, high in programs:
         for _ in range(clips_per_program):
             synth.program_select(0, font, 0, program)
             events = _melody(rng, seconds, low, high, name in CHORDAL)
