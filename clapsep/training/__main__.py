@@ -169,12 +169,7 @@ def _pretrain(options: argparse.Namespace) -> None:
     if not (options.work / pretrain.TOWERS).exists():
         unseen = {text for texts in vocabulary.UNSEEN.values() for text in texts}
         lesson = Lesson.prepare(
-            vocabulary.all_wordings(),
-            MINI.joint,
-            options.phrases,
-            options.seed,
-            options.words,
-            unseen,
+            vocabulary.all_wordings(), MINI.joint, options.phrases, options.seed, options.words, unseen
         )
         pretrain.save_towers(
             *pretrain.pretrain_text(MINI, lesson, options.text_steps, options.seed), options.work
