@@ -181,7 +181,7 @@ def train(
     *,
     steps: int,
     mask_steps: int,
-    batch: int = 16,
+    batch: int,
     learning_rate: float = 1e-3,
     processes: int = 2,
     validate_every: int = 400,
