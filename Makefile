@@ -71,13 +71,14 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.training
 
 # The banks are in Debian's csound-soundfont and fluidr3mono-gm-soundfont (rendering them needs tinysoundfont), the
-# voices in flite; `apt-get download` and `dpkg -x` need no root.
+# voices in flite, and clapsep/training/validation.csv names packages to choose by (PACKAGES=, a folder where each is
+# unpacked under its name); `apt-get download` and `dpkg -x` need no root.
 train-mini: export MALLOC_MMAP_MAX_ := 0
 train-mini: export MALLOC_TRIM_THRESHOLD_ := 17179869184
 train-mini: $(READY)  ## CORPUS= TRAIN_BANK=sf_GMbank.sf2 TEST_BANK=FluidR3Mono_GM.sf3 FLITE=flite: hours on two cores.
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps tinysoundfont==0.3.7  # its other needs are for playing
 	$(BIN)/python -m clapsep.training prepare --corpus $(CORPUS) \
-		$(TRAIN_BANK:%=--train-bank %) $(TEST_BANK:%=--test-bank %) $(FLITE:%=--flite %)
+		$(TRAIN_BANK:%=--train-bank %) $(TEST_BANK:%=--test-bank %) $(FLITE:%=--flite %) $(PACKAGES:%=--packages %)
 	$(BIN)/python -m clapsep.training pretrain
 	$(BIN)/python -m clapsep.training train
 	$(BIN)/python -m clapsep.training export --corpus $(CORPUS) --bundle clapsep/bundles/mini

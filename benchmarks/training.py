@@ -13,7 +13,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +25,8 @@ from clapsep.training.finetune import adapt
 from clapsep.training.fit import GRADIENT_CLIP, Batch, SeparatorTraining
 from clapsep.training.lora import RANK
 
-SIZES = {config.name: config for config in (MINI, BASE)}
+# As published, each query is asked once.
+SIZES = {config.name: replace(config, symmetric=False) for config in (MINI, BASE)}
 BATCHES = {"mini": (2, 8), "base": (1, 2)}
 MATRIX = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the matrices: large enough that only the arithmetic counts."""

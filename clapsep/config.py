@@ -140,6 +140,8 @@ class ModelConfig:
         joint: width of the CLAP embedding space.
         condition_normalize: whether concat(positive, negative) is L2-normalised as one vector.
             The published training code and demo do, its evaluation script does not.
+        symmetric: whether every query is also asked with its sides swapped, and what that leaves counts as
+            much: the masks of a query and of the swapped one add up to 1. The published model asks once.
         encoder, text, decoder: sizes of the parts.
     """
 
@@ -148,6 +150,7 @@ class ModelConfig:
     window_seconds: float = 10.0
     joint: int = 512
     condition_normalize: bool = True
+    symmetric: bool = False
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     text: TextConfig = field(default_factory=TextConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -195,6 +198,7 @@ MINI = ModelConfig(
     name="mini",
     window_seconds=2.5,
     joint=128,
+    symmetric=True,
     encoder=EncoderConfig(spec_size=128, embed=32, depths=(2, 2, 4, 1), heads=(2, 4, 8, 16)),
     text=TextConfig(
         vocabulary=5504, width=128, layers=2, heads=4, feed_forward=256, positions=34, max_tokens=32

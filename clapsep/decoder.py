@@ -156,6 +156,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         encoder, decoder = config.encoder, config.decoder
+        self.symmetric = config.symmetric
         widths, grids, heads = encoder.widths[::-1], encoder.grids[::-1], encoder.heads[::-1]
         self.film = ConditionedProjection(config.condition_dim, widths[0])
         self.skip = nn.ModuleList(ConditionedProjection(config.condition_dim, width) for width in widths)
@@ -194,7 +195,14 @@ class Decoder(nn.Module):
 
     def forward(self, inputs: DecoderInputs, condition: Tensor) -> Tensor:
         """Estimate masks, one query for each mixture: (B, condition_dim) -> (B, frames, bins) in 0..1."""
-        return self.mask(inputs.frames, self.bands(inputs, condition))
+        return self.mask(inputs.frames, *(self.bands(inputs, asked) for asked in self.asked(condition)))
+
+    def asked(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """Conditions that a mask is estimated from: as given and, if symmetric, with its sides swapped."""
+        if not self.symmetric:
+            return (condition,)
+        positive, negative = condition.chunk(2, dim=1)
+        return condition, torch.cat([negative, positive], dim=1)
 
     def bands(self, inputs: DecoderInputs, condition: Tensor) -> Tensor:
         """What the stages make of a query, (B, condition_dim) -> (B, frames, mel_bins)."""
@@ -204,10 +212,16 @@ class Decoder(nn.Module):
             state = skip(projected, condition, layer(state))
         return self.inverse_patch_embed(state)[:, : inputs.frames.shape[1]]
 
-    def mask(self, frames: Tensor, bands: Tensor) -> Tensor:
-        """Masks (B, frames, bins) in 0..1 of `DecoderInputs.frames` and `bands`, both of the same queries."""
+    def mask(self, frames: Tensor, bands: Tensor, swapped: Tensor | None = None) -> Tensor:
+        """Masks (B, frames, bins) in 0..1 of `DecoderInputs.frames` and the `bands` of what is `asked`."""
+        logits = self._logits(frames, bands)
+        if swapped is not None:
+            logits = (logits - self._logits(frames, swapped)) / 2
+        return torch.sigmoid(logits)
+
+    def _logits(self, frames: Tensor, bands: Tensor) -> Tensor:
         entry, *rest = self.mask_net
         frames = frames + F.linear(bands, entry.weight[:, -bands.shape[-1] :])
         for layer in rest:
             frames = layer(frames)
-        return torch.sigmoid(frames)
+        return frames

@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     prepare.add_argument("--test-bank", type=Path, action="append", default=[], help="sound bank to test on")
     prepare.add_argument("--flite", type=Path, help="the speech synthesiser; its voices join training")
+    prepare.add_argument(
+        "--packages", type=Path, help="folder of unpacked packages, whose recordings join validation"
+    )
 
     sources = commands.add_parser("sources", help="write the committed table of recordings anew")
     sources.add_argument("--corpus", type=Path, required=True)
@@ -141,7 +144,12 @@ def _prepare(options: argparse.Namespace) -> None:
     from clapsep.training import corpus
 
     prepared = corpus.prepare(
-        options.corpus, options.work / "corpus", options.train_bank, options.test_bank, options.flite
+        options.corpus,
+        options.work / "corpus",
+        options.train_bank,
+        options.test_bank,
+        options.flite,
+        options.packages,
     )
     for split in ("train", "validation", "test"):
         for name, clips in prepared.of(split).items():

@@ -15,7 +15,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from clapsep.training import soundfont, sources, vocabulary, voices
+from clapsep.training import packages, soundfont, sources, vocabulary, voices
 from clapsep.training.split import NEAR_DUPLICATES, Split, source_name, splits
 
 SAMPLE_RATE = 32000
@@ -84,18 +84,22 @@ def prepare(
     train_banks: Sequence[Path],
     test_banks: Sequence[Path],
     synthesiser: Path | None = None,
+    unpacked: Path | None = None,
 ) -> Corpus:
     """Decode everything under `folder` and render the banks into `cache`; returns the corpus.
 
-    `synthesiser` is the program `flite`, whose voices join the training split.
+    `synthesiser` is the program `flite`, whose voices join the training split. `unpacked` is a folder of
+    unpacked packages, whose recordings join the validation split (`packages`).
 
-    Raises ValueError for a recording that is not the one of the committed table (`sources`).
+    Raises ValueError for a recording that is not the one of the committed tables (`sources`, `packages`).
     """
     cache.mkdir(parents=True, exist_ok=True)
     rows = [*_large_corpus(folder / "train_corpus"), *_sample_corpus(folder / "sample_corpus")]
     rows = [row for row in rows if row[3] not in NEAR_DUPLICATES]
     known = sources.check(folder, [row[0] for row in rows])
     print(f"{known} of {len(rows)} recordings are those of the committed table", flush=True)
+    if unpacked is not None:
+        rows += packages.rows(unpacked)
     split_by_group = splits((row[2], row[3]) for row in rows)
     clips: list[Clip] = []
     offset = 0
@@ -112,7 +116,7 @@ def prepare(
         for path, member, source, group, band in rows:
             audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
             audio = soxr.resample(audio.mean(axis=1), rate, SAMPLE_RATE, "HQ")
-            name = str(path.relative_to(folder))
+            name = str(path.relative_to(folder if path.is_relative_to(folder) else unpacked))
             add(name, member, split_by_group[group], source, group, min(band, SAMPLE_RATE // 2), audio)
         train_programs = (*soundfont.PROGRAMS, *soundfont.MORE_PROGRAMS)
         for split, banks, programs, clips_per_program, seed in (

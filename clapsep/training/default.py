@@ -34,8 +34,8 @@ VALIDATION_MIXTURES = 240
 VALIDATION_BATCH = 20
 EMA_DECAY = 0.998
 
-ABSENT = 0.35
-"""Share of the second queries that ask for a class which is not in the mixture."""
+ABSENT = 0.25
+"""Share of the queries that ask for a class which is not in the mixture."""
 
 ABSENT_ALONE = 0.7
 """Share of those that name nothing else."""
@@ -43,8 +43,8 @@ ABSENT_ALONE = 0.7
 TEXT_ALONE = 0.6
 """Share of the steps whose queries are texts; in the others they are interpolated with audio."""
 
-POSITIVE_ONLY, NEGATIVE_ONLY = 0.3, 0.15
-"""Shares of the queries with one side."""
+ONE_SIDED = 0.175
+"""Share of the other queries with the positive side only, and share with the negative side only."""
 
 MASKED = 1 / 3
 """Share of the queries whose mask is estimated in training (`training.bands`)."""
@@ -83,9 +83,10 @@ def adopt(model: ClapSep, clap: Clap, tokenizer: Tokenizer, earlier: Bundle) -> 
 
 
 class MixtureBatches(Dataset):
-    """The batch of each step, by its number: two queries for each mixture, one for each of its sides.
+    """The batch of each step, by its number: one query for each mixture.
 
-    In place of the second, a share `ABSENT` asks for what is not there.
+    The model is symmetric, so what asks for one side teaches it the other. A share `ABSENT` asks for what is
+    not there.
     """
 
     def __init__(self, sampler: Sampler, queries: QueryBank, batch: int, seed: int) -> None:
@@ -102,26 +103,22 @@ class MixtureBatches(Dataset):
         drawn = self.sampler.mixtures(self.batch)
         # A text that only ever came with audio was worth 1 dB less alone, on the recordings trained on.
         share = 1.0 if draws.random() < TEXT_ALONE else draws.random()
-        kept = kept_sides(
-            torch.tensor([draws.random() for _ in range(2 * self.batch)]), POSITIVE_ONLY, NEGATIVE_ONLY
-        )
-        target = torch.cat([drawn.target, drawn.mixture - drawn.target])
-        absent = torch.zeros(2 * self.batch, dtype=torch.bool)
+        kept = kept_sides(torch.tensor([draws.random() for _ in range(self.batch)]), ONE_SIDED, ONE_SIDED)
+        target = drawn.target.clone()
+        absent = torch.zeros(self.batch, dtype=torch.bool)
         pairs = list(zip(drawn.targets, drawn.interferences, strict=True))
-        pairs += [(negative, positive) for positive, negative in pairs]
-        for number in range(self.batch, 2 * self.batch):
-            missing = self.sampler.absent(*pairs[number]) if draws.random() < ABSENT else None
+        for number, pair in enumerate(pairs):
+            missing = self.sampler.absent(*pair) if draws.random() < ABSENT else None
             if missing is not None:
                 absent[number] = True
                 target[number] = 0.0
-                pairs[number] = missing, draws.choice(pairs[number])
+                pairs[number] = missing, draws.choice(pair)
                 kept[number] = torch.tensor([1.0, float(draws.random() >= ABSENT_ALONE)])
         positive, negative = (
             torch.stack([self.queries.side(clip, share) for clip in side])
             for side in zip(*pairs, strict=True)
         )
-        index = torch.arange(self.batch).repeat(2)
-        return Batch(drawn.mixture, target, condition(positive, negative, kept), index=index, absent=absent)
+        return Batch(drawn.mixture, target, condition(positive, negative, kept), absent=absent)
 
 
 class CorpusData(Data):

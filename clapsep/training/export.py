@@ -91,7 +91,10 @@ def _known(name: str) -> tuple[str, ...]:
 
 
 def attributed(prepared: corpus.Corpus, recordings: Path) -> list[dict[str, str]]:
-    """One row for every original that trained the model, or chose among its checkpoints."""
+    """One row for every original of the corpora that trained the model, or chose among its checkpoints.
+
+    What only chose and is not of the corpora, `validation.csv` names.
+    """
     used = {clip.name for clip in prepared.clips if clip.split != "test"}
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     with (recordings / "train_corpus" / "ATTRIBUTION.csv").open(newline="") as file:

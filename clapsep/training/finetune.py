@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ def load_start(
     torch.manual_seed(seed)
     if not Path(init).is_file():
         loaded = bundle.load(init)
-        start = Start(loaded.clap, ClapSep(loaded.config), loaded.tokenizer, loaded.card, loaded.digest)
+        # A new decoder is trained as published, which asks once.
+        sizes = loaded.config if keep_separator else replace(loaded.config, symmetric=False)
+        start = Start(loaded.clap, ClapSep(sizes), loaded.tokenizer, loaded.card, loaded.digest)
         start.clap.requires_grad_(False)
         if keep_separator:
             start.model.load_state_dict(loaded.model.state_dict())
@@ -270,10 +272,15 @@ def pack(
         key: value for key, value in start.model.state_dict().items() if key.startswith("audio_branch.")
     }
     if published is not None:
+        if start.model.config.symmetric:
+            raise TrainingError(
+                "the separator asks both ways (`symmetric` in its config.json), which the published layout "
+                "cannot say; write a bundle, or fit without --keep-separator"
+            )
         write_published(start.clap, encoder, file_b, published)
     if folder is None:
         return ""
-    sizes = start.clap.config
+    sizes = start.model.config
     merged, _ = clapsep_tensors(file_b, encoder, sizes, str(checkpoint))
     model = ClapSep(sizes)
     model.load_state_dict({**model.state_dict(), **merged})

