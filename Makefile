@@ -29,7 +29,7 @@ test: export OMP_NUM_THREADS = 1
 test: $(READY)
 	$(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
-test-engines: prism  ## Prism, worker pools, what the container installs: about five minutes, and Go.
+test-engines: prism  ## Prism, worker pools, lost workers, installed packages, memory: about ten minutes, and Go.
 	$(BIN)/pytest -q -m engines
 
 prism: $(READY)  ## Beam's portable runner and its container's entry point, at the installed Beam's version.

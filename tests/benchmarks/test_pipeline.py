@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import beam, pipeline
 from pipelines import separation
 
 
+@pytest.mark.engines
 def test_memory_hardly_grows_with_the_rows():
     """Twenty thousand rows, each by itself between the steps of the local runner, would be 60 MB."""
     few, many = beam.measure(1_000), beam.measure(20_000)

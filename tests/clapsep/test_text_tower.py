@@ -58,7 +58,7 @@ def test_text_tower_learns_its_lesson():
     assert "string quartet" not in lesson.texts
     # What is near to a sound is drawn more often than what is not.
     drawn = dict(zip(lesson.texts, lesson.weights.tolist(), strict=True))
-    assert min(drawn["barking"], drawn["drum kit"]) > 0.5 > 0.1 > drawn["office"] >= min(drawn.values()) > 0
+    assert min(drawn["barking"], drawn["drum kit"]) > 0.8 > 0.5 > drawn["office"] > 0
     clap, tokenizer = pretrain.pretrain_text(tiny_mini(), lesson, steps=400, seed=0)
     with torch.no_grad():
         learned = clap.embed_text(*tokens.tokens(tokenizer, lesson.named))

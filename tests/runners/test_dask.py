@@ -113,6 +113,7 @@ def kill_in_a_shard(
     return wait_for(killed, "a worker in the middle of its shards")
 
 
+@pytest.mark.engines
 def test_a_worker_killed_in_the_middle_of_its_shards(
     cluster: Cluster,
     store: GcsStore,

@@ -241,6 +241,7 @@ class TestPlacement:
 
 
 class TestPackage:
+    @pytest.mark.engines
     def test_it_installs_and_loads_its_bundle(self, on_cpu, tmp_path):
         (tmp_path / "workflow.tar.gz").write_bytes(on_cpu.files["workflow.tar.gz"])
         # As Beam's boot program does it, but for the dependencies, which are those installed here.
