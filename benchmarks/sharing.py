@@ -137,8 +137,9 @@ def main() -> None:
     processes, batches = arguments.processes, arguments.batches
     print(f"CPU, {len(os.sched_getaffinity(0))} cores, batches of {BATCH_WINDOWS}, {batches} a process")
     print(f"{'model':<9}{'sharing':<9}{'processes':>10}{'loads':>7}{'memory':>10}{'windows/s':>11}")
+    outside = tempfile.gettempdir()
     for size in arguments.size or ("default", "full"):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=outside) as folder:
             # Where nothing of an earlier model of the machine is found.
             tempfile.tempdir = os.environ["TMPDIR"] = folder
             plans = {sharing: plan_of(size, Path(folder), sharing) for sharing in ("process", "machine")}
