@@ -34,9 +34,6 @@ WHOLE_WORDS, PIECES = 4200, 1300
 NEAR_WORDS = 3000
 """Words nearest to what can be heard, of which half of the phrases are made."""
 
-LEAST_WEIGHT = 4e-4
-"""How often the furthest text is drawn, where the nearest one counts 1."""
-
 REPEATS = 3
 """How often the words that the small tower knows whole come among its texts, for once of any other."""
 
@@ -211,7 +208,7 @@ class Lesson:
         named = sorted({t.format(text) for group in wordings.values() for text in group for t in TEMPLATES})
         aims, named_aims = (space(teacher.embed(group)) for group in (texts, named))
         closest = torch.cat([(part @ named_aims.T).amax(1) for part in aims.split(TEACHER_BATCH)])
-        weights = closest.clamp(min=0).square().clamp(min=LEAST_WEIGHT)
+        weights = closest.clamp(min=0).square()
         tokens_known = tuple(dict.fromkeys([*whole, *spelled]))
         return cls(tokens_known, tuple(texts), aims, weights, tuple(named), named_aims)
 
