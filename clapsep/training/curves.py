@@ -11,7 +11,7 @@ import lightning
 TABLE = "curves.csv"
 PICTURE = "curves.png"
 COLUMNS = ("step", "series", "value")
-MOST_LINES = 12
+MOST_LINES = 20
 """The classes or texts with the most mixtures are drawn; the table holds all."""
 
 _SDRI = "si_sdri"
@@ -73,6 +73,7 @@ def _write(folder: Path, rows: list[tuple[int, str, float]]) -> None:
 
 def draw(rows: list[tuple[int, str, float]], counts: dict[str, int], path: Path) -> None:
     """Draw loss and validation SI-SDRi against the step as a PNG. `counts`: mixtures per label."""
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,6 +85,7 @@ def draw(rows: list[tuple[int, str, float]], counts: dict[str, int], path: Path)
     left, right = figure.subplots(1, 2)
     left.plot(*zip(*series["loss"], strict=True), color="black", marker=".")
     left.set(title="training", xlabel="step", ylabel="loss, dB")
+    right.set_prop_cycle(color=colormaps["tab20"].colors)
     drawn = sorted(counts, key=lambda label: (-counts[label], label))[:MOST_LINES]
     for label in drawn:
         points = series.get(f"{_SDRI}: {label}")

@@ -49,10 +49,11 @@ LOWEST_RATE = 5e-6
 
 
 class Batch(NamedTuple):
-    """`mixture`, `target` (B, samples) float32; one query for each, `condition` (B, D).
+    """`mixture` (B, samples) float32, and of one query or more for each, `target`, `condition` (N, ...).
 
-    Where `absent` (B,) bool is set, the query asks for what is not there, and the target is silence. `label`
-    (B,) int64 is one of `SeparatorTraining`'s; training ignores it.
+    N is a multiple of B, and query n asks mixture n % B. Where `absent` (N,) bool is set, the query asks for
+    what is not there, and the target is silence. `label` (N,) int64 is one of `SeparatorTraining`'s; training
+    ignores it.
     """
 
     mixture: Tensor
@@ -119,8 +120,12 @@ class SeparatorTraining(lightning.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         features, decoder = self.model.features(batch.mixture), self.model.decoder_model
         inputs = decoder.prepare(features.magnitude, features.encoder)
+        mixture, spectrum = batch.mixture, features.spectrum
+        if len(batch.target) > len(mixture):
+            asked_of = torch.arange(len(batch.target), device=mixture.device) % len(mixture)
+            mixture, spectrum, inputs = mixture[asked_of], spectrum[asked_of], inputs.at(asked_of)
         bands = [decoder.bands(inputs, asked) for asked in decoder.asked(batch.condition)]
-        mixture, spectrum, frames = batch.mixture, features.spectrum, inputs.frames
+        frames = inputs.frames
         target, absent, loss = batch.target, batch.absent, mixture.new_zeros(())
         if self.supervision is not None:
             with torch.autocast(mixture.device.type, enabled=False):

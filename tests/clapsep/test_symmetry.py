@@ -129,3 +129,16 @@ def test_all_queries_reach_the_mel_bands_and_a_share_the_masker(count, estimated
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
     [(frames, *bands)] = masks
     assert [len(frames), *map(len, bands)] == 3 * [estimated]
+
+
+@pytest.mark.parametrize("masked", [None, 1.0])
+def test_queries_that_share_a_mixture_are_as_queries_of_its_copies(masked):
+    """The encoder is in evaluation, whose batch norm does not see how often a mixture is in the batch."""
+    training = SeparatorTraining(model(), 1e-3, masked=masked).eval()
+    mixture, condition = drawn(2, 4)
+    mixture = mixture[:2]
+    target = torch.cat([0.3 * mixture, 0.6 * mixture.flip(1)])
+    with torch.no_grad():
+        shared = training.training_step(Batch(mixture, target, condition), 0)
+        copied = training.training_step(Batch(mixture.repeat(2, 1), target, condition), 0)
+    torch.testing.assert_close(shared, copied, atol=1e-4, rtol=1e-5)

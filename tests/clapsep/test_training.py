@@ -242,19 +242,28 @@ def test_training_steps_reduce_the_loss(prepared, options):
     assert history[-1] < history[0] - 0.3
 
 
-def test_one_query_of_each_mixture(work, prepared):
+def test_two_queries_of_each_mixture(work, prepared):
     clap = Clap(tiny_mini())
     queries = QueryBank(clap, *bank_arguments(prepared))
     draws = sampler(prepared, snr_db=5.0)
     batch = default.MixtureBatches(draws, queries, 256, seed=0)[5]
     silent = batch.target.abs().amax(-1) == 0
     assert torch.equal(batch.absent, silent)
-    assert 43 <= silent.sum() <= 85  # a quarter of 256
-    negative_only, positive_only = (batch.condition.unflatten(-1, (2, -1)).abs().amax(-1) == 0).unbind(1)
-    assert not (negative_only & silent).any()
-    assert 31 <= (positive_only & silent).sum() <= 59  # 0.7 of those
-    for one_sided in (negative_only, positive_only & ~silent):
-        assert 17 <= one_sided.sum() <= 50  # 0.175 of the others
+    for found in batch.target.split(256):
+        present = found.abs().amax(-1) > 0
+        assert torch.equal(found[present], batch.target[:256][present])
+    lacks_positive, lacks_negative = (batch.condition.unflatten(-1, (2, -1)).abs().amax(-1) == 0).unbind(1)
+    assert not (lacks_positive & lacks_negative).any()
+    first, second = slice(0, 256), slice(256, None)
+    assert not silent[first].any()
+    for one_sided in (lacks_positive, lacks_negative):
+        assert 26 <= one_sided[first].sum() <= 77  # 0.2 of 256
+    absent, present = silent[second], ~silent[second]
+    assert 96 <= absent.sum() <= 160  # half of 256
+    assert not (lacks_positive[second] & absent).any()
+    assert 0.65 <= (lacks_negative[second] & absent).sum() / absent.sum() <= 0.95  # 0.8
+    assert ((lacks_positive | lacks_negative)[second] | absent).all()
+    assert 0.35 <= (lacks_positive[second] & present).sum() / present.sum() <= 0.65  # half
 
 
 def test_queries_are_texts_alone_in_most_steps(work, prepared, monkeypatch):

@@ -198,6 +198,7 @@ def test_every_shard_is_a_task(small_manifest: Path) -> None:
         assert list(visitor.bags.values())[-1].npartitions == tasks
 
 
+@pytest.mark.engines
 def test_a_call_of_the_model_has_half_of_a_workers_memory(cluster: Cluster) -> None:
     flags = [
         "--manifest",
@@ -221,6 +222,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return line.removeprefix("error: ")
 
 
+@pytest.mark.engines
 def test_a_worker_of_another_version(
     cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
