@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train = commands.add_parser("train", help="train the default's separator; resumes from the work folder")
     train.add_argument("--steps", type=int, default=5800)
     train.add_argument("--mask-steps", type=int, default=400, help="steps that fade out the mask loss")
-    train.add_argument("--batch", type=int, default=16, help="mixtures per process and step")
+    train.add_argument("--batch", type=int, default=10, help="mixtures per process and step")
 
     for command in (pretrain, train):
         command.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
