@@ -8,6 +8,7 @@ are of two classes that may be opposed, and of two source groups.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,10 +22,13 @@ from clapsep.training.split import Split
 LOWEST_CUTOFF_HZ = 2500.0
 EQ_POINTS_HZ = (60.0, 200.0, 700.0, 2000.0, 6000.0, 16000.0)
 QUIETEST_WINDOW = 0.3
+SILENT = 1e-6
 DECAY_SECONDS = (0.15, 0.9)
 """Shortest and longest time in which a room's answer falls by 60 dB."""
 DIRECT_DB = (-3.0, 12.0)
 """Lowest and highest level of the direct sound against the room's answer."""
+SECOND_LAYER_DB = 10.0
+"""The second of two recordings of one side is at most this much softer than the first."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,20 @@ class Augmentation:
         lower_cutoff: probability of a further, random low-pass on both sides.
         open_band: probability that the sides keep their own, different bandwidths.
         reverb: probability that a side sounds in a room: noise that decays, behind the direct sound.
+        layered: probability that a side is two recordings of its corpus class at once.
     """
 
     snr_db: float = 4.0
-    speed: float = 0.12
-    eq_db: float = 3.0
+    speed: float = 0.2
+    eq_db: float = 5.0
     level_db: float = 5.0
     lower_cutoff: float = 0.15
     open_band: float = 0.4
-    reverb: float = 0.2
+    reverb: float = 0.3
+    layered: float = 0.3
 
 
-NONE = Augmentation(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NONE = Augmentation(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,17 @@ class Sampler:
         group = self.random.choices(self._groups[name], self._weights[name])[0]
         return self.random.choice(group)
 
+    def like(self, clip: Clip, *others: Clip) -> Clip | None:
+        """A clip of the same corpus class, of a group that is neither its own nor one of `others`."""
+        excluded = {other.group for other in (clip, *others)}
+        groups = [
+            [candidate for candidate in group if candidate.member == clip.member]
+            for group in self._groups[clip.coarse]
+            if group[0].group not in excluded
+        ]
+        groups = [group for group in groups if group]
+        return self.random.choice(self.random.choice(groups)) if groups else None
+
     def _class(self, names: list[str]) -> str:
         return self.random.choices(names, [vocabulary.WEIGHTS.get(name, 1.0) for name in names])[0]
 
@@ -121,6 +138,10 @@ class Sampler:
 
         A clip shorter than the window is repeated after random pauses of up to half a second.
         """
+        return self._played(clip)[0]
+
+    def _played(self, clip: Clip) -> tuple[np.ndarray, float]:
+        """A window and its bandwidth, Hz."""
         factor = 1.0 + self.augmentation.speed * self.random.uniform(-1, 1)
         needed = int(np.ceil(self.frames * factor)) + 2
         if clip.frames < needed:
@@ -135,27 +156,40 @@ class Sampler:
                     audio, best = candidate, level
                 if level > QUIETEST_WINDOW * loudness:
                     break
+        bandwidth = clip.bandwidth_hz * factor
         if factor == 1.0:
-            return audio[: self.frames]
+            return audio[: self.frames], bandwidth
         # Linear interpolation: its slight dulling is one more equaliser, and it is cheap.
         positions = np.arange(self.frames) * factor
         left = positions.astype(np.int64)
         right_share = (positions - left).astype(np.float32)
-        return audio[left] + right_share * (audio[left + 1] - audio[left])
+        return audio[left] + right_share * (audio[left + 1] - audio[left]), bandwidth
+
+    def _side(self, clip: Clip, *others: Clip) -> tuple[np.ndarray, float]:
+        """A window and its bandwidth (Hz): of one recording, or of two, none of a group of `others`."""
+        audio, bandwidth = self._played(clip)
+        layers = self.augmentation.layered
+        second = self.like(clip, *others) if layers and self.random.random() < layers else None
+        if second is None:
+            return audio, bandwidth
+        layer, other_bandwidth = self._played(second)
+        gain = 10 ** (-self.random.uniform(0, SECOND_LAYER_DB) / 20)
+        gain *= self._rms(audio) / max(self._rms(layer), SILENT)
+        return audio + np.float32(gain) * layer, min(bandwidth, other_bandwidth)
 
     def windows(self, clips: list[Clip]) -> Tensor:
         """(clips, frames) of single clips, equalised, at random levels."""
-        audio = torch.from_numpy(np.stack([self.window(clip) for clip in clips]))
-        bands = [clip.bandwidth_hz for clip in clips]
-        return self._levelled(self._filtered(audio, self._cutoffs(bands)))
+        audio, bands = zip(*map(self._played, clips), strict=True)
+        return self._levelled(self._filtered(torch.from_numpy(np.stack(audio)), self._cutoffs(bands)))
 
     def mixtures(self, count: int, pairs: list[tuple[Clip, Clip]] | None = None) -> MixtureBatch:
         """`count` mixtures of random pairs, or one of each of `pairs`."""
         pairs = pairs or [self.pair() for _ in range(count)]
         targets, interferences = zip(*pairs, strict=True)
-        audio = torch.from_numpy(np.stack([self.window(clip) for clip in (*targets, *interferences)]))
-        bands = [min(one.bandwidth_hz, other.bandwidth_hz) for one, other in pairs]
-        cutoffs = self._cutoffs(bands)
+        sides = [self._side(*order) for order in (*pairs, *(pair[::-1] for pair in pairs))]
+        audio, bands = zip(*sides, strict=True)
+        cutoffs = self._cutoffs(np.minimum(*np.split(np.array(bands), 2)))
+        audio = torch.from_numpy(np.stack(audio))
         target, interference = self._filtered(audio, cutoffs.repeat(2)).chunk(2)
         spread = self.augmentation.snr_db
         snr = torch.from_numpy(self.rng.normal(0, 1, len(pairs)).clip(-2, 2).astype(np.float32)) * spread
@@ -177,9 +211,9 @@ class Sampler:
             length += len(parts[-2]) + len(pause)
         return np.concatenate(parts)[:needed]
 
-    def _cutoffs(self, bands: list[int]) -> Tensor:
+    def _cutoffs(self, bands: Sequence[float]) -> Tensor:
         """One cutoff (Hz) for both sides of each mixture, so that bandwidth tells nothing about the class."""
-        cutoffs = torch.tensor(bands, dtype=torch.float32)
+        cutoffs = torch.tensor(np.asarray(bands), dtype=torch.float32).clamp(max=SAMPLE_RATE / 2)
         draws = torch.from_numpy(self.rng.random((3, len(bands))).astype(np.float32))
         cutoffs[draws[0] < self.augmentation.open_band] = SAMPLE_RATE / 2
         lower = LOWEST_CUTOFF_HZ * 2 ** (2 * draws[2])

@@ -46,12 +46,22 @@ TEXT_ALONE = 0.6
 ONE_SIDED = 0.2
 """Share of the first queries with the positive side only, and share with the negative side only."""
 
+DROP_PATH = 0.1
+"""Of the encoder's last block, rising from 0: probability that training passes over what a block adds."""
+
 MASKED = 0.3
 """Share of the queries whose mask is estimated in training (`training.bands`)."""
 
 FILM_SPREAD = 0.7
 """Standard deviation of the FiLM weights at the start: a condition has unit norm, so this moves each gain
 by about as much, where torch's default (1/16) would leave the query without a voice."""
+
+
+def drop_paths(model: ClapSep) -> None:
+    """Stochastic depth in the encoder: of few recordings it otherwise learns each."""
+    blocks = [block for stage in model.audio_branch.layers for block in stage.blocks]
+    for block, rate in zip(blocks, np.linspace(0.0, DROP_PATH, len(blocks)), strict=True):
+        block.drop_path = float(rate)
 
 
 def take_encoder(model: ClapSep, clap: Clap) -> None:
@@ -194,6 +204,7 @@ def train(
     lightning.seed_everything(seed, verbose=False)
     model = ClapSep(clap.config)
     initialise(model, clap)
+    drop_paths(model)
     data = CorpusData(
         corpus,
         clap,

@@ -190,7 +190,7 @@ def evaluate(
 
     `both` is queried by both texts, `positive` and `negative` by one of them, `audio_N` by averages of N
     recordings for both sides, `oracle` is the bound. `absent` is the energy of what a query for a class that
-    is not there leaves, relative to the mixture's, in dB.
+    is not there leaves, relative to the mixture's, in dB; `present` that of what `positive` leaves.
     """
     records: dict[str, dict[str, Any]] = {}
     # Some classes have validation recordings of one group alone.
@@ -214,6 +214,7 @@ def evaluate(
                 "positive": (Query(positive), improvement),
                 "negative": (Query(negative_text=negative), improvement),
                 "absent": (Query(row.absent_text), left),
+                "present": (Query(positive), left),
             }
             texts = bundle.queries.conditions([query for query, _ in asked.values()])
             ways = {
@@ -257,7 +258,8 @@ def evaluate(
 def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean, median and share below 0 dB of SI-SDRi over all records, per target class, and by way to ask.
 
-    `absent` gives the share of mixtures in which at most `LEFT_ALONE_DB` is left, and the median.
+    `absent_class` gives the share of mixtures in which at most `LEFT_ALONE_DB` is left, the median, and the
+    share in which as little is left of a class that is there: SI-SDR does not see how loud a stem is.
     """
 
     def figures(values: Sequence[float]) -> dict[str, float]:
@@ -274,13 +276,14 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         by_class.setdefault(record["target_class"], []).append(record["both"])
         if "speech" in (record["target_class"], record["interference_class"]):
             against_speech.append(record["both"])
-    left = [record["absent"] for record in records]
+    left, present = ([record[way] for record in records] for way in ("absent", "present"))
     summary = {key: figures([record[way] for record in records]) for way, key in WAYS.items()}
     if against_speech:
         summary["speech_on_one_side"] = figures(against_speech)
     summary["absent_class"] = {
         "left_alone": round(sum(value <= LEFT_ALONE_DB for value in left) / len(left), 3),
         "median_db": round(statistics.median(left), 1),
+        "present_lost": round(sum(value <= LEFT_ALONE_DB for value in present) / len(present), 3),
     }
     summary["per_class"] = {name: figures(values) for name, values in by_class.items()}
     return summary
@@ -337,7 +340,8 @@ def table(summary: dict[str, Any]) -> str:
     lines.append("")
     lines.append(
         f"A query for a class that is not there leaves {LEFT_ALONE_DB:g} dB or less in "
-        f"{absent['left_alone']:.0%} of the mixtures (median {absent['median_db']:g} dB)."
+        f"{absent['left_alone']:.0%} of the mixtures (median {absent['median_db']:g} dB), "
+        f"a positive text for one that is there in {absent['present_lost']:.0%}."
     )
     if "free_wording" in summary:
         wording = summary["free_wording"]

@@ -266,6 +266,25 @@ def test_two_queries_of_each_mixture(work, prepared):
     assert 0.35 <= (lacks_positive[second] & present).sum() / present.sum() <= 0.65  # half
 
 
+@torch.no_grad()
+def test_the_encoder_passes_over_blocks_in_training_only():
+    torch.manual_seed(0)
+    model = ClapSep(tiny_mini())
+    mixture = torch.randn(1, 80_000)
+    whole = model.eval().features(mixture).encoder
+    default.drop_paths(model)
+    assert all(map(torch.equal, model.eval().features(mixture).encoder, whole))
+    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = 0.0
+    model.train()
+    draws = [model.features(mixture).encoder for _ in range(12)]
+    # The first block is never passed over, the last one most often.
+    assert len({float(deepest.sum()) for *_, deepest in draws}) > 1
+    rates = [block.drop_path for stage in model.audio_branch.layers for block in stage.blocks]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0.0, default.DROP_PATH)
+
+
 def test_queries_are_texts_alone_in_most_steps(work, prepared, monkeypatch):
     monkeypatch.setattr(default, "kept_sides", lambda draws, *shares: torch.ones(len(draws), 2))
     monkeypatch.setattr("clapsep.training.queries.NOISE", 0.0)

@@ -51,6 +51,89 @@ def test_some_sides_stay_dry():
     assert 8 <= dry <= 24
 
 
+def tones(members, bandwidth=16_000):
+    """A clip of a tone of its own for each (corpus class, group)."""
+    length = 8 * RATE
+    frequencies = 400.0 * np.arange(1, len(members) + 1)
+    samples = np.sin(2 * np.pi * frequencies[:, None] / RATE * np.arange(length)) * 16_000
+    clips = [
+        Clip(f"{400 * (number + 1)}", member, "train", "s", group, bandwidth, number * length, length)
+        for number, (member, group) in enumerate(members)
+    ]
+    return Corpus(tuple(clips), samples.astype(np.int16).ravel())
+
+
+def heard(side: torch.Tensor) -> dict[int, float]:
+    """The tones of `tones` in a side: their frequencies, Hz, and levels relative to the loudest, dB."""
+    spectrum = torch.fft.rfft(side * torch.hann_window(len(side))).abs()
+    step = 400 * len(side) / RATE
+    peaks = {
+        400 * n: float(spectrum[int((n - 0.4) * step) : int((n + 0.4) * step)].max()) for n in range(1, 8)
+    }
+    loudest = max(peaks.values())
+    levels = {name: 20 * np.log10(max(peak, 1e-9) / loudest) for name, peak in peaks.items()}
+    return {name: level for name, level in levels.items() if level > -40}
+
+
+LAYERED = Augmentation(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, layered=1.0)
+
+
+def test_a_layered_side_is_of_one_corpus_class_and_shares_no_group_with_the_other():
+    corpus = tones(
+        [
+            ("drums", "one"),  # 400 Hz
+            ("drums", "two"),
+            ("drums", "of both"),  # 1200 Hz: never beside birds of its group
+            ("birds", "of both"),
+            ("birds", "three"),
+            ("dog", "alone"),  # 2400 Hz: no other dog
+        ]
+    )
+    draws = Sampler(corpus, "train", ("drums", "birds", "dog"), tiny_mini().window_samples, 0, LAYERED)
+    drums, birds, dog = corpus.clips[0], corpus.clips[3], corpus.clips[5]
+    batch = draws.mixtures(16, 8 * [(drums, birds), (drums, dog)])
+    for number, (target, mixture) in enumerate(zip(batch.target, batch.mixture, strict=True)):
+        sides = heard(target), heard(mixture - target)
+        if number % 2 == 0:
+            # The third drums are of the birds' group.
+            assert [set(side) for side in sides] == [{400, 800}, {1600, 2000}]
+        else:
+            assert set(sides[0]) <= {400, 800, 1200}
+            assert len(sides[0]) == 2
+            assert set(sides[1]) == {2400}
+        assert all(-10.5 < level < 0.5 for side in sides for level in side.values())
+        assert max(sides[0], key=sides[0].get) == 400
+
+
+def test_without_layers_draws_are_as_before():
+    """`evaluate` draws the test's windows with `NONE`: its table must not depend on what training adds."""
+    corpus = tones([("drums", "one"), ("drums", "two"), ("birds", "three")])
+    frames = tiny_mini().window_samples
+    draws = Sampler(corpus, "train", ("drums", "birds"), frames, 7, NONE)
+    draws.mixtures(3, 3 * [(corpus.clips[0], corpus.clips[2])])
+    other = Sampler(corpus, "train", ("drums", "birds"), frames, 7, NONE)
+    for clip in 3 * [corpus.clips[0]] + 3 * [corpus.clips[2]]:
+        other.window(clip)
+    assert draws.random.getstate() == other.random.getstate()
+
+
+def test_what_is_played_slower_lowers_the_bandwidth_of_both_sides():
+    slow = Augmentation(0.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0)
+    corpus = tones([("drums", "one"), ("birds", "two")], bandwidth=8000)
+    draws = Sampler(corpus, "train", ("drums", "birds"), tiny_mini().window_samples, 0, slow)
+    seen = []
+    draws._filtered = lambda audio, cutoffs: seen.append(cutoffs) or audio
+    batch = draws.mixtures(8, 8 * [corpus.clips])
+    cutoffs, others = seen[0].chunk(2)
+    assert torch.equal(cutoffs, others)
+    for cutoff, target, mixture in zip(cutoffs, batch.target, batch.mixture, strict=True):
+        rates = []
+        for side, frequency in ((target, 400), (mixture - target, 800)):
+            spectrum = torch.fft.rfft(side * torch.hann_window(len(side))).abs()
+            rates.append(float(spectrum.argmax()) * RATE / len(side) / frequency)
+        assert float(cutoff) == pytest.approx(8000 * min(rates), rel=0.01)
+
+
 def test_training_hears_more_programs_than_the_test():
     tested = {program for _, program, _, _ in soundfont.PROGRAMS}
     more = [program for _, program, _, _ in soundfont.MORE_PROGRAMS]
