@@ -23,6 +23,7 @@ LOWEST_CUTOFF_HZ = 2500.0
 EQ_POINTS_HZ = (60.0, 200.0, 700.0, 2000.0, 6000.0, 16000.0)
 QUIETEST_WINDOW = 0.3
 SILENT = 1e-6
+"""RMS that a silent recording counts as, where a level is divided by it."""
 DECAY_SECONDS = (0.15, 0.9)
 """Shortest and longest time in which a room's answer falls by 60 dB."""
 DIRECT_DB = (-3.0, 12.0)
@@ -105,17 +106,6 @@ class Sampler:
         group = self.random.choices(self._groups[name], self._weights[name])[0]
         return self.random.choice(group)
 
-    def like(self, clip: Clip, *others: Clip) -> Clip | None:
-        """A clip of the same corpus class, of a group that is neither its own nor one of `others`."""
-        excluded = {other.group for other in (clip, *others)}
-        groups = [
-            [candidate for candidate in group if candidate.member == clip.member]
-            for group in self._groups[clip.coarse]
-            if group[0].group not in excluded
-        ]
-        groups = [group for group in groups if group]
-        return self.random.choice(self.random.choice(groups)) if groups else None
-
     def _class(self, names: list[str]) -> str:
         return self.random.choices(names, [vocabulary.WEIGHTS.get(name, 1.0) for name in names])[0]
 
@@ -165,17 +155,32 @@ class Sampler:
         right_share = (positions - left).astype(np.float32)
         return audio[left] + right_share * (audio[left + 1] - audio[left]), bandwidth
 
-    def _side(self, clip: Clip, *others: Clip) -> tuple[np.ndarray, float]:
-        """A window and its bandwidth (Hz): of one recording, or of two, none of a group of `others`."""
+    def _layers(self, *pair: Clip) -> list[list[Clip]]:
+        """The recordings of each side: its own clip, and of a share of the sides one more like it.
+
+        That is of the same corpus class; all are of different source groups.
+        """
+        sides = [[clip] for clip in pair]
+        for side in sides if self.augmentation.layered else ():
+            taken = {clip.group for layers in sides for clip in layers}
+            alike = [
+                [clip for clip in group if clip.member == side[0].member and clip.group not in taken]
+                for group in self._groups[side[0].coarse]
+            ]
+            alike = [group for group in alike if group]
+            if alike and self.random.random() < self.augmentation.layered:
+                side.append(self.random.choice(self.random.choice(alike)))
+        return sides
+
+    def _side(self, clip: Clip, *second: Clip) -> tuple[np.ndarray, float]:
+        """A window of one recording, or of two, and its bandwidth, Hz."""
         audio, bandwidth = self._played(clip)
-        layers = self.augmentation.layered
-        second = self.like(clip, *others) if layers and self.random.random() < layers else None
-        if second is None:
-            return audio, bandwidth
-        layer, other_bandwidth = self._played(second)
-        gain = 10 ** (-self.random.uniform(0, SECOND_LAYER_DB) / 20)
-        gain *= self._rms(audio) / max(self._rms(layer), SILENT)
-        return audio + np.float32(gain) * layer, min(bandwidth, other_bandwidth)
+        for other in second:
+            layer, narrower = self._played(other)
+            gain = 10 ** (-self.random.uniform(0, SECOND_LAYER_DB) / 20)
+            gain *= self._rms(audio) / max(self._rms(layer), SILENT)
+            audio, bandwidth = audio + np.float32(gain) * layer, min(bandwidth, narrower)
+        return audio, bandwidth
 
     def windows(self, clips: list[Clip]) -> Tensor:
         """(clips, frames) of single clips, equalised, at random levels."""
@@ -186,8 +191,8 @@ class Sampler:
         """`count` mixtures of random pairs, or one of each of `pairs`."""
         pairs = pairs or [self.pair() for _ in range(count)]
         targets, interferences = zip(*pairs, strict=True)
-        sides = [self._side(*order) for order in (*pairs, *(pair[::-1] for pair in pairs))]
-        audio, bands = zip(*sides, strict=True)
+        wanted, others = zip(*(self._layers(*pair) for pair in pairs), strict=True)
+        audio, bands = zip(*(self._side(*layers) for layers in (*wanted, *others)), strict=True)
         cutoffs = self._cutoffs(np.minimum(*np.split(np.array(bands), 2)))
         audio = torch.from_numpy(np.stack(audio))
         target, interference = self._filtered(audio, cutoffs.repeat(2)).chunk(2)

@@ -57,13 +57,6 @@ FILM_SPREAD = 0.7
 by about as much, where torch's default (1/16) would leave the query without a voice."""
 
 
-def drop_paths(model: ClapSep) -> None:
-    """Stochastic depth in the encoder: of few recordings it otherwise learns each."""
-    blocks = [block for stage in model.audio_branch.layers for block in stage.blocks]
-    for block, rate in zip(blocks, np.linspace(0.0, DROP_PATH, len(blocks)), strict=True):
-        block.drop_path = float(rate)
-
-
 def take_encoder(model: ClapSep, clap: Clap) -> None:
     """Give the separator a copy of the audio tower's encoder."""
     branch = clap.audio_branch.state_dict()
@@ -71,8 +64,14 @@ def take_encoder(model: ClapSep, clap: Clap) -> None:
 
 
 def initialise(model: ClapSep, clap: Clap) -> None:
-    """Take the encoder from the pre-trained tower and give every FiLM a gain of one plus the query's."""
+    """Take the encoder from the pre-trained tower and give every FiLM a gain of one plus the query's.
+
+    The encoder gets stochastic depth: of few recordings it otherwise learns each.
+    """
     take_encoder(model, clap)
+    blocks = [block for stage in model.audio_branch.layers for block in stage.blocks]
+    for block, rate in zip(blocks, np.linspace(0.0, DROP_PATH, len(blocks)), strict=True):
+        block.drop_path = float(rate)
     for module in model.modules():
         if isinstance(module, Film):
             for linear, bias in ((module.gamma, 1.0), (module.beta, 0.0)):
@@ -204,7 +203,6 @@ def train(
     lightning.seed_everything(seed, verbose=False)
     model = ClapSep(clap.config)
     initialise(model, clap)
-    drop_paths(model)
     data = CorpusData(
         corpus,
         clap,

@@ -207,6 +207,23 @@ def test_both_sides_share_their_bandwidth(prepared):
         assert above.sum() < 1e-6 * spectrum.sum()
 
 
+def test_the_summary_tells_leaving_alone_from_muting():
+    ways = dict.fromkeys(evaluate.WAYS, 1.0)
+    levels = [(-40.0, -1.0), (-15.0, -20.0), (-14.0, -3.0), (-2.0, -2.0)]
+    records = [
+        {"target_class": "dog", "interference_class": "speech", "absent": absent, "present": present}
+        | ways
+        | {"both": both}
+        for both, (absent, present) in zip((-1.0, 2.0, 3.0, 8.0), levels, strict=True)
+    ]
+    summary = evaluate.summarise(records)
+    assert summary["absent_class"] == {"left_alone": 0.5, "median_db": -14.5, "present_lost": 0.25}
+    figures = {"mean": 3.0, "median": 2.5, "below_0": 0.25, "count": 4}
+    assert summary["positive_and_negative_text"] == summary["per_class"]["dog"] == figures
+    assert summary["speech_on_one_side"] == figures
+    assert "in 50% of the mixtures (median -14.5 dB), a positive text" in evaluate.table(summary)
+
+
 # --- learning -------------------------------------------------------------------------------------
 
 
@@ -267,22 +284,19 @@ def test_two_queries_of_each_mixture(work, prepared):
 
 
 @torch.no_grad()
-def test_the_encoder_passes_over_blocks_in_training_only():
+def test_the_encoder_passes_over_blocks_in_training_only(monkeypatch):
+    monkeypatch.setattr(default, "DROP_PATH", 0.5)
     torch.manual_seed(0)
     model = ClapSep(tiny_mini())
-    mixture = torch.randn(1, 80_000)
-    whole = model.eval().features(mixture).encoder
-    default.drop_paths(model)
-    assert all(map(torch.equal, model.eval().features(mixture).encoder, whole))
-    for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        norm.momentum = 0.0
-    model.train()
-    draws = [model.features(mixture).encoder for _ in range(12)]
-    # The first block is never passed over, the last one most often.
-    assert len({float(deepest.sum()) for *_, deepest in draws}) > 1
+    default.initialise(model, Clap(tiny_mini()))
     rates = [block.drop_path for stage in model.audio_branch.layers for block in stage.blocks]
+    assert (rates[0], rates[-1]) == (0.0, 0.5)
     assert rates == sorted(rates)
-    assert (rates[0], rates[-1]) == (0.0, default.DROP_PATH)
+    mixture = torch.randn(1, 80_000)
+    for training, outcomes in ((False, 1), (True, 2)):
+        model.train(training)
+        draws = {float(model.features(mixture).encoder[-1].sum()) for _ in range(12)}
+        assert min(len(draws), 2) == outcomes
 
 
 def test_queries_are_texts_alone_in_most_steps(work, prepared, monkeypatch):

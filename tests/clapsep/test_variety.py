@@ -105,6 +105,15 @@ def test_a_layered_side_is_of_one_corpus_class_and_shares_no_group_with_the_othe
         assert max(sides[0], key=sides[0].get) == 400
 
 
+def test_the_second_recordings_of_two_sides_share_no_group():
+    corpus = tones([("drums", "one"), ("drums", "of both"), ("birds", "two"), ("birds", "of both")])
+    draws = Sampler(corpus, "train", ("drums", "birds"), tiny_mini().window_samples, 0, LAYERED)
+    batch = draws.mixtures(4, 4 * [(corpus.clips[0], corpus.clips[2])])
+    for target, mixture in zip(batch.target, batch.mixture, strict=True):
+        assert set(heard(target)) == {400, 800}
+        assert set(heard(mixture - target)) == {1200}
+
+
 def test_without_layers_draws_are_as_before():
     """`evaluate` draws the test's windows with `NONE`: its table must not depend on what training adds."""
     corpus = tones([("drums", "one"), ("drums", "two"), ("birds", "three")])
